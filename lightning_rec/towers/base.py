@@ -1,0 +1,110 @@
+"""The two contracts: what an item tower and a user tower must do.
+
+A tower is an ordinary ``torch.nn.Module`` with three moments in its life:
+
+1. ``__init__`` takes plain values only (numbers, strings, a peft config), so that it can be written in YAML,
+   shown by ``--help`` and stored in a checkpoint. It creates no parameters.
+2. ``configure`` is called once, when the size of the catalogue is known. It creates the parameters.
+3. ``prepare`` is called whenever a data set is attached, after the weights are loaded. Most towers need none; the
+   text tower tokenises, or encodes and caches the catalogue's text here.
+
+A complete item tower of your own::
+
+    from torch import nn
+    from lightning_rec.towers import ItemTower
+
+    class HashedItemTower(ItemTower):
+        '''Items share a small table of vectors: row modulo the number of buckets.'''
+
+        def __init__(self, dim: int = 64, buckets: int = 1000) -> None:
+            super().__init__()
+            self.dim = dim
+            self.buckets = buckets
+
+        def configure(self, catalogue):
+            self.table = nn.Embedding(self.buckets, self.dim)
+
+        def forward(self, items):
+            return self.table(items.rows % self.buckets)
+
+Name it in YAML, and it works with every command::
+
+    model:
+      item_tower:
+        class_path: my_towers.HashedItemTower
+        init_args: {dim: 64, buckets: 5000}
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from lightning_rec.data.batch import CatalogueView, ItemBatch, UserBatch
+
+
+class Tower(nn.Module, ABC):
+    """What item and user towers share.
+
+    Attributes:
+        dim: width ``d`` of the vectors that the tower returns.
+    """
+
+    dim: int
+
+    def prepare(self, catalogue: CatalogueView) -> None:
+        """Called whenever a data set is attached, after the weights are loaded. Nothing to do by default."""
+
+    def language_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of a pretrained language model inside this tower: they get their own learning rate."""
+        return ()
+
+
+class ItemTower(Tower):
+    """Turns items into vectors. See the module's docstring for a complete example."""
+
+    #: True when the vectors depend on the row number of an item, so that a checkpoint fits its own catalogue only.
+    uses_ids: bool = True
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Creates the parameters, sized by the catalogue. Called once, before weights are loaded."""
+
+    @abstractmethod
+    def forward(self, items: ItemBatch) -> Tensor:
+        """Encodes a table of items.
+
+        Args:
+            items: ``n`` distinct catalogue rows; row 0 is padding and its vector is never used.
+
+        Returns:
+            ``(n, d)`` item vectors.
+        """
+
+
+class UserTower(Tower):
+    """Turns histories (and texts, and ids) of users into interest vectors in the space of the item vectors."""
+
+    def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
+        """Creates the parameters. Called once, after the item tower's ``configure``, before weights are loaded.
+
+        Args:
+            catalogue: sizes and texts of the data.
+            item_tower: the item tower of the run: its ``dim`` is the width that this tower must return, and a
+                language user tower may share its language model.
+        """
+        self.dim = item_tower.dim
+
+    @abstractmethod
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """Reads the users' histories.
+
+        Args:
+            users: ``b`` users with histories of up to ``t`` events, oldest first, right-padded.
+            items: ``(n, d)`` vectors of the step's item table; ``items[users.history]`` is ``(b, t, d)``.
+
+        Returns:
+            ``(b, t, d)``: at every step of the history the interest after that event, from what came up to it and
+            nothing later; or ``(b, 1, d)``: one interest vector from the whole history (a tower that cannot be causal).
+        """
