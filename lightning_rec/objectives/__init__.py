@@ -1,0 +1,6 @@
+"""What a run optimises: each objective turns interest vectors and candidate vectors into one number."""
+
+from lightning_rec.objectives.base import Objective
+from lightning_rec.objectives.softmax import Softmax
+
+__all__ = ["Objective", "Softmax"]

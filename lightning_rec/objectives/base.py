@@ -1,0 +1,134 @@
+"""The contract of an objective, and what the objectives share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Objective(nn.Module, ABC):
+    """Turns interest vectors and candidate vectors into a loss.
+
+    Scores are plain dot products, ``interest @ candidates.T``: a cosine score or a temperature is folded into the
+    vectors before they come here. An objective computes in float32 whatever the precision of the run
+    (:func:`full_precision`), and never stores a positions × candidates matrix.
+
+    An objective of your own::
+
+        import torch
+        from lightning_rec.objectives import Objective
+
+        class SquaredHinge(Objective):
+            '''The target should beat the mean candidate by a margin.'''
+
+            def __init__(self, margin: float = 1.0) -> None:
+                super().__init__()
+                self.margin = margin
+
+            def forward(self, interest, candidates, target, *, owner=None, known=None, log_q=None, rating=None):
+                gap = (interest * (candidates[target] - candidates.mean(0))).sum(-1)
+                return (self.margin - gap).clamp(min=0).square().mean()
+
+    Name it in YAML::
+
+        model:
+          objective:
+            class_path: my_objectives.SquaredHinge
+            init_args: {margin: 0.5}
+    """
+
+    #: True when positions without a rating teach nothing, so that a data set without ratings is an error.
+    needs_rating: bool = False
+
+    def configure(self, n_items: int | None = None, rating_range: tuple[float, float] | None = None) -> None:
+        """Called once, when the data are known. Nothing to do by default.
+
+        Args:
+            n_items: number of items in the catalogue, padding not counted.
+            rating_range: lowest and highest rating of the data, or None when the data have no ratings.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        interest: Tensor,
+        candidates: Tensor,
+        target: Tensor,
+        *,
+        owner: Tensor | None = None,
+        known: Tensor | None = None,
+        log_q: Tensor | None = None,
+        rating: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss of ``p`` supervised positions against ``c`` distinct candidates.
+
+        Args:
+            interest: ``(p, d)`` interest vectors; ``p`` may be 0.
+            candidates: ``(c, d)`` item vectors.
+            target: ``(p,)`` int64, the column in ``[0, c)`` of the item that followed each position.
+            owner: ``(p,)`` int64, the row of ``known`` that belongs to the user of each position. Needed when
+                ``known`` is given.
+            known: ``(b, k)`` int64, columns of the candidates that each user is known to like, padded with -1.
+            log_q: ``(c,)`` log of the expected number of times each candidate is drawn for a step, or None when the
+                candidates are the whole catalogue.
+            rating: ``(p,)`` rating of each target, NaN where there is none, or None without ratings.
+
+        Returns:
+            A scalar: the mean over positions, or 0 (still attached to the graph) when there are none.
+        """
+
+
+def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32 at least: half precision is widened, float64 is kept."""
+    return tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors)
+
+
+def no_positions(interest: Tensor, candidates: Tensor) -> Tensor:
+    """The loss of no positions: 0 with a graph, so that every parameter still gets its (zero) gradient."""
+    interest, candidates = full_precision(interest, candidates)
+    # The sum of no elements is 0; the candidates are multiplied by 0, and a NaN in them must not become the loss.
+    return interest.sum() + (candidates * 0).nan_to_num(0.0, 0.0, 0.0).sum()
+
+
+def excluded_columns(target: Tensor, owner: Tensor | None, known: Tensor | None) -> Tensor | None:
+    """The columns that may not serve as negatives of each position, besides the target itself.
+
+    Padding is replaced by the position's own target, so that the result can be scattered without a mask by a caller
+    that puts the target's value back afterwards.
+
+    Args:
+        target: ``(p,)`` column of the target.
+        owner: ``(p,)`` row of ``known`` of each position.
+        known: ``(b, k)`` columns padded with -1.
+
+    Returns:
+        ``(p, k)`` columns, or None when ``known`` is None or empty.
+
+    Raises:
+        ValueError: when ``known`` comes without ``owner``.
+    """
+    if known is None or known.shape[1] == 0:
+        return None
+    if owner is None:
+        raise ValueError(
+            "The objective was given `known` without `owner`, so it cannot tell which user's known positives belong to "
+            "a position. Pass `owner`, the row of `known` for every position."
+        )
+    columns = known[owner]
+    return torch.where(columns < 0, target[:, None], columns)
+
+
+def positions_per_chunk(n_candidates: int, chunk_size: int | None, device: torch.device) -> int:
+    """How many positions to score at once, so that a chunk × candidates block stays small.
+
+    Args:
+        n_candidates: ``c``.
+        chunk_size: what the user asked for, or None to choose by device.
+        device: on a CPU the block should stay in the last-level cache, on a GPU it should fill the processors.
+    """
+    if chunk_size is not None:
+        return max(1, chunk_size)
+    elements = 2**19 if device.type == "cpu" else 2**25
+    return max(32, elements // max(1, n_candidates))
