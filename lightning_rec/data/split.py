@@ -1,0 +1,379 @@
+"""Who touched what, in order, and which of it is for training, validation and test. Pure functions on numpy.
+
+The histories of all users lie one after the other in one array, and a split is two offsets a user. Nothing of the
+validation and test parts can be reached by a reader that stops at ``train_end``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from typing import Literal
+
+import numpy as np
+
+Repeats = Literal["keep", "first", "last"]
+Part = Literal["train", "validation", "test"]
+Moment = float | int | str | date
+
+
+@dataclass
+class Histories:
+    """The events of each user in the order of time, users one after the other.
+
+    Attributes:
+        user_ids: raw id of each user row; ``user_ids[0] == ""`` is padding, its history is empty.
+        indptr: ``(n_users + 1,)`` int64: the events of user ``u`` are ``indptr[u] : indptr[u + 1]``.
+        items: ``(n,)`` int64 catalogue rows, never 0.
+        times: ``(n,)`` int64 seconds since 1970, or None.
+        ratings: ``(n,)`` float32, NaN where there is none, or None.
+        event: ``(n,)`` int64 row of the event in the interactions table (to reach its review).
+        report: what was left out while the histories were built, counted; see ``build_histories``.
+    """
+
+    user_ids: list[str]
+    indptr: np.ndarray
+    items: np.ndarray
+    times: np.ndarray | None
+    ratings: np.ndarray | None
+    event: np.ndarray
+    report: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def n_users(self) -> int:
+        """Number of user rows, padding included."""
+        return len(self.indptr) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(n_users,)`` number of events of each user."""
+        return np.diff(self.indptr)
+
+    def __len__(self) -> int:
+        """Number of events."""
+        return len(self.items)
+
+    def history(self, user: int) -> np.ndarray:
+        """All catalogue rows of a user, oldest first: a view, not a copy."""
+        return self.items[self.indptr[user] : self.indptr[user + 1]]
+
+    def users_of_events(self) -> np.ndarray:
+        """``(n,)`` int64 user row of each event."""
+        return np.repeat(np.arange(self.n_users), self.lengths)
+
+
+def k_core(users: np.ndarray, items: np.ndarray, user_min: int, item_min: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Drops users and items with too few events until all that are left have enough.
+
+    Dropping an item shortens histories, which may drop users, and so on: the rule is repeated until nothing changes.
+
+    Args:
+        users: ``(n,)`` user of each event, not negative.
+        items: ``(n,)`` item of each event, not negative.
+        user_min: fewest events of a user.
+        item_min: fewest events of an item. Repeats of one user and item count as events.
+
+    Returns:
+        ``(n,)`` bool mask of the events kept, and the counts ``core_users_dropped``, ``core_items_dropped``,
+        ``core_events_dropped`` and ``core_rounds``.
+    """
+    alive = np.arange(len(users))
+    rounds = 0
+    while len(alive):
+        of_user, of_item = np.bincount(users[alive]), np.bincount(items[alive])
+        keep = (of_user[users[alive]] >= user_min) & (of_item[items[alive]] >= item_min)
+        if keep.all():
+            break
+        alive = alive[keep]
+        rounds += 1
+    mask = np.zeros(len(users), bool)
+    mask[alive] = True
+    counts = {
+        "core_users_dropped": len(np.unique(users)) - len(np.unique(users[mask])),
+        "core_items_dropped": len(np.unique(items)) - len(np.unique(items[mask])),
+        "core_events_dropped": int((~mask).sum()),
+        "core_rounds": rounds,
+    }
+    return mask, counts
+
+
+def build_histories(
+    user_codes: np.ndarray,
+    items: np.ndarray,
+    times: np.ndarray | None = None,
+    ratings: np.ndarray | None = None,
+    *,
+    user_ids: list[str],
+    keep: np.ndarray | None = None,
+    repeats: Repeats = "keep",
+    user_min: int = 0,
+    item_min: int = 0,
+) -> Histories:
+    """Sorts interactions into histories: by user, then time, then the order of the file.
+
+    In this order: events of unknown items and events that do not count are left out, repeats are treated, then
+    users and items with too few events are dropped. A user who loses all events keeps the row, with an empty history.
+
+    Args:
+        user_codes: ``(n,)`` user row of each interaction, from 1.
+        items: ``(n,)`` catalogue row of each interaction; 0 marks an unknown item.
+        times: ``(n,)`` seconds since 1970; None keeps the order of the file.
+        ratings: ``(n,)`` ratings, NaN where there is none.
+        user_ids: raw id of each user row, ``user_ids[0] == ""``; rows in the order of first appearance in the file.
+        keep: ``(n,)`` bool, False for interactions that do not count (not positive).
+        repeats: what becomes of events of the same user and item: ``keep`` all, the ``first`` or the ``last`` only.
+        user_min: fewest events of a user, see ``k_core``.
+        item_min: fewest events of an item, see ``k_core``.
+
+    Returns:
+        The histories. Their ``report`` counts ``interactions``, ``unknown_item_events``, ``not_counted_events``,
+        ``repeats_dropped``, ``events``, ``users``, ``users_without_events`` and what ``k_core`` counts.
+
+    Raises:
+        ValueError: arrays of different lengths, a user code out of range, an unknown value of ``repeats``.
+    """
+    user_codes, items = np.asarray(user_codes, np.int64), np.asarray(items, np.int64)
+    for name, array in (("items", items), ("times", times), ("ratings", ratings), ("keep", keep)):
+        if array is not None and len(array) != len(user_codes):
+            raise ValueError(f"There are {len(user_codes)} user codes, but {len(array)} {name}.")
+    if not user_ids or user_ids[0] != "":
+        raise ValueError("Row 0 of the users is padding: user_ids[0] is an empty string.")
+    if len(user_codes) and not (user_codes.min() >= 1 and user_codes.max() < len(user_ids)):
+        raise ValueError(
+            f"User codes go from 1 to {len(user_ids) - 1}; here from {user_codes.min()} to {user_codes.max()}."
+        )
+    if repeats not in ("keep", "first", "last"):
+        raise ValueError(f"repeats is 'keep', 'first' or 'last', not {repeats!r}.")
+    report = {"interactions": len(user_codes), "unknown_item_events": int((items == 0).sum())}
+    counted = np.ones(len(items), bool) if keep is None else np.asarray(keep, bool)
+    report["not_counted_events"] = int(((items != 0) & ~counted).sum())
+    event = np.flatnonzero((items != 0) & counted)
+    # lexsort is stable: events of one instant stay in the order of the file.
+    keys = (user_codes[event],) if times is None else (np.asarray(times, np.int64)[event], user_codes[event])
+    event = event[np.lexsort(keys)]
+
+    before = len(event)
+    if repeats != "keep":
+        event = event[_without_repeats(user_codes[event], items[event], repeats)]
+    report["repeats_dropped"] = before - len(event)
+    if user_min > 1 or item_min > 1:
+        mask, counts = k_core(user_codes[event], items[event], user_min, item_min)
+        event = event[mask]
+        report |= counts
+    lengths = np.bincount(user_codes[event], minlength=len(user_ids))
+    report |= {
+        "events": len(event),
+        "users": len(user_ids) - 1,
+        "users_without_events": int((lengths[1:] == 0).sum()),
+    }
+    return Histories(
+        user_ids=user_ids,
+        indptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=items[event],
+        times=None if times is None else np.asarray(times, np.int64)[event],
+        ratings=None if ratings is None else np.asarray(ratings, np.float32)[event],
+        event=event.astype(np.int64),
+        report=report,
+    )
+
+
+def _without_repeats(users: np.ndarray, items: np.ndarray, repeats: Repeats) -> np.ndarray:
+    """Positions of the first (or last) event of each user and item, in order."""
+    pair = users * (int(items.max(initial=0)) + 1) + items
+    if repeats == "first":
+        return np.sort(np.unique(pair, return_index=True)[1])
+    return np.sort(len(pair) - 1 - np.unique(pair[::-1], return_index=True)[1])
+
+
+@dataclass
+class Split:
+    """Which events are for training, validation and test.
+
+    For user ``u``: training is ``indptr[u] : train_end[u]``, validation ``train_end[u] : validation_end[u]``, test
+    ``validation_end[u] : indptr[u + 1]``. The history for a validation target ends at ``train_end[u]``, that for a
+    test target at ``validation_end[u]``: it holds the validation events.
+
+    Attributes:
+        train_end: ``(n_users,)`` int64 offsets into the events.
+        validation_end: ``(n_users,)`` int64 offsets into the events.
+        validation_users: rows of the users to validate on, ascending; a user outside is not evaluated, whatever
+            the offsets hold.
+        test_users: rows of the users to test on, ascending.
+        name: ``leave_one_out`` or ``global_time``.
+        description: one sentence, printed beside each result.
+        counts: users, events of each part, users evaluated, and users excluded by reason.
+    """
+
+    train_end: np.ndarray
+    validation_end: np.ndarray
+    validation_users: np.ndarray
+    test_users: np.ndarray
+    name: str
+    description: str
+    counts: dict[str, int]
+
+    def bounds(self, histories: Histories, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """``(n_users,)`` start and ``(n_users,)`` end of each user's events of a part."""
+        if part == "train":
+            return histories.indptr[:-1], self.train_end
+        if part == "validation":
+            return self.train_end, self.validation_end
+        return self.validation_end, histories.indptr[1:]
+
+    def users(self, histories: Histories, part: Part) -> np.ndarray:
+        """Rows of the users that a part trains on (those with at least one event) or evaluates, ascending."""
+        if part == "train":
+            return np.flatnonzero(self.train_end > histories.indptr[:-1])
+        return self.validation_users if part == "validation" else self.test_users
+
+    def in_part(self, histories: Histories, part: Part) -> np.ndarray:
+        """``(n,)`` bool: the events of a part."""
+        start, end = self.bounds(histories, part)
+        position = np.arange(len(histories))
+        user = histories.users_of_events()
+        return (position >= start[user]) & (position < end[user])
+
+    def train_counts(self, histories: Histories, n_rows: int) -> np.ndarray:
+        """``(n_rows,)`` int64 number of training events of each catalogue row."""
+        return np.bincount(histories.items[self.in_part(histories, "train")], minlength=n_rows)
+
+
+def _split(
+    histories: Histories, train_end: np.ndarray, validation_end: np.ndarray, cold_users: bool, name: str, text: str
+) -> Split:
+    """Finds the users to evaluate and counts."""
+    start, end = histories.indptr[:-1], histories.indptr[1:]
+    has_validation, has_test = validation_end > train_end, end > validation_end
+    known_validation, known_test = train_end > start, validation_end > start
+    validation_users = np.flatnonzero(has_validation & (known_validation | cold_users))
+    test_users = np.flatnonzero(has_test & (known_test | cold_users))
+    counts = {
+        "users": histories.n_users - 1,
+        "train_users": int((train_end > start).sum()),
+        "validation_users": len(validation_users),
+        "test_users": len(test_users),
+        "train_events": int((train_end - start).sum()),
+        "validation_events": int((validation_end - train_end).sum()),
+        "test_events": int((end - validation_end).sum()),
+        "validation_targets": int((validation_end - train_end)[validation_users].sum()),
+        "test_targets": int((end - validation_end)[test_users].sum()),
+    }
+    if not cold_users:
+        counts["validation_users_excluded_cold"] = int((has_validation & ~known_validation).sum())
+        counts["test_users_excluded_cold"] = int((has_test & ~known_test).sum())
+    return Split(train_end, validation_end, validation_users, test_users, name, text, counts)
+
+
+def leave_one_out(histories: Histories, min_events: int = 3) -> Split:
+    """The newest event of each user is for test, the one before it for validation, the rest for training.
+
+    Args:
+        histories: the events.
+        min_events: users with fewer events are not evaluated; all their events are for training.
+
+    Raises:
+        ValueError: ``min_events`` leaves no event for training.
+    """
+    if min_events < 3:
+        raise ValueError(
+            f"min_events is at least 3 (one event each for training, validation and test), not {min_events}."
+        )
+    start, end = histories.indptr[:-1], histories.indptr[1:]
+    enough = end - start >= min_events
+    text = (
+        f"Leave-one-out: the newest event of each user with at least {min_events} events is the test target, "
+        "the one before it the validation target."
+    )
+    split = _split(histories, end - 2 * enough, end - enough, False, "leave_one_out", text)
+    few = (end > start) & ~enough
+    split.counts["users_excluded_few_events"] = int(few.sum())
+    split.counts["users_excluded_no_events"] = int((end == start)[1:].sum())
+    return split
+
+
+def global_time(
+    histories: Histories, validation_start: Moment = 0.8, test_start: Moment = 0.9, cold_users: bool = False
+) -> Split:
+    """Two moments cut all histories: training before the first, validation up to the second, test after it.
+
+    Events at the very instant of a cut all belong to the later part.
+
+    Args:
+        histories: the events, with times.
+        validation_start: a fraction of the events below 1 (0.8: the moment when 80 % of them have happened),
+            seconds since 1970, or an ISO date or time such as ``2018-09-01`` (UTC unless it says otherwise).
+        test_start: the same for the test part.
+        cold_users: also evaluate users who have no event before the part, with an empty history. Otherwise they
+            are excluded and counted.
+
+    Raises:
+        ValueError: the histories have no times, a moment cannot be read, or a part is left without events.
+    """
+    if histories.times is None:
+        raise ValueError(
+            "A global time split needs times, and the interactions have none. Map a column to timestamp, or use "
+            "leave_one_out, which goes by the order of the file."
+        )
+    times = np.sort(histories.times)
+    if not len(times):
+        raise ValueError("A global time split needs events, and there are none.")
+    first, second = (
+        _moment(value, times, name)
+        for value, name in ((validation_start, "validation_start"), (test_start, "test_start"))
+    )
+    spans = {
+        "training": (times < first).sum(),
+        "validation": ((times >= first) & (times < second)).sum(),
+        "test": (times >= second).sum(),
+    }
+    for part, n_events in spans.items():
+        if not n_events:
+            raise ValueError(
+                f"The split at {_iso(first)} and {_iso(second)} leaves no event for {part}. The times of the events "
+                f"go from {_iso(int(times[0]))} to {_iso(int(times[-1]))}."
+            )
+    text = (
+        f"Global time: training before {_iso(first)}, validation from then on, test from {_iso(second)} on, "
+        f"for users {'with or without' if cold_users else 'with'} an event before."
+    )
+    return _split(histories, _ends(histories, first), _ends(histories, second), cold_users, "global_time", text)
+
+
+def _ends(histories: Histories, moment: int) -> np.ndarray:
+    """``(n_users,)`` offset of each user's first event at the moment or later."""
+    assert histories.times is not None
+    earlier = np.concatenate([[0], np.cumsum(histories.times < moment)])
+    start, end = histories.indptr[:-1], histories.indptr[1:]
+    return start + earlier[end] - earlier[start]
+
+
+def _moment(value: Moment, times: np.ndarray, name: str) -> int:
+    """Seconds since 1970 of a fraction, a number or an ISO string."""
+    number: float | int | None = None
+    if isinstance(value, str):
+        try:
+            number = float(value) if "." in value else int(value)
+        except ValueError:
+            try:
+                value = datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(
+                    f"{name} is {value!r}, which is neither a fraction of the events (0.8), nor seconds since 1970, "
+                    "nor an ISO date or time (2018-09-01, 2018-09-01T12:00:00+02:00)."
+                ) from None
+    elif isinstance(value, float | int) and not isinstance(value, bool):
+        number = value
+    if isinstance(value, date):
+        moment = value if isinstance(value, datetime) else datetime(value.year, value.month, value.day)
+        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        # A cut between two seconds lies before the later one.
+        return int(-(-moment.timestamp() // 1))
+    if number is None or not np.isfinite(number):
+        raise ValueError(f"{name} is {value!r}; it is a fraction of the events, seconds since 1970 or an ISO date.")
+    if isinstance(number, float) and 0 < number < 1:
+        return int(times[min(int(number * len(times)), len(times) - 1)])
+    return int(-(-number // 1))
+
+
+def _iso(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
