@@ -62,6 +62,19 @@ class Tower(nn.Module, ABC):
         return ()
 
 
+def parameter_summary(module: nn.Module) -> dict[str, int]:
+    """How many parameters a module has, each counted once however often it is shared.
+
+    A frozen language model whose vectors are cached is no part of its tower and is not counted.
+
+    Returns:
+        ``{"trainable": ..., "total": ...}``.
+    """
+    parameters = list(module.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return {"trainable": trainable, "total": sum(parameter.numel() for parameter in parameters)}
+
+
 class ItemTower(Tower):
     """Turns items into vectors. See the module's docstring for a complete example."""
 
@@ -95,6 +108,13 @@ class UserTower(Tower):
                 language user tower may share its language model.
         """
         self.dim = item_tower.dim
+
+    def knows(self, users: UserBatch) -> Tensor:
+        """``(b,)`` True where the tower has something to go by; the other users are answered by popularity.
+
+        By default that is a history. A tower that reads ids or texts overrides it.
+        """
+        return users.lengths > 0
 
     @abstractmethod
     def forward(self, users: UserBatch, items: Tensor) -> Tensor:

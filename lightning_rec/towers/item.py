@@ -1,0 +1,285 @@
+"""Item towers: a vector by row number, by text, or by both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_rec.data.batch import CatalogueView, ItemBatch
+from lightning_rec.towers.base import ItemTower
+from lightning_rec.towers.language import BUNDLED, Pooling, TextEncoder, Tune
+from lightning_rec.towers.tokens import TokenTable
+
+
+class IdItemTower(ItemTower):
+    """One learned vector an item, as in every classic recommender. It knows nothing about a cold item.
+
+    Args:
+        dim: width of the vectors.
+        init_std: standard deviation of their first values.
+    """
+
+    def __init__(self, dim: int = 64, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.dim = dim
+        self.init_std = init_std
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Creates one vector a row."""
+        self.table = id_table(catalogue.n_rows, self.dim, self.init_std)
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, d)`` item vectors."""
+        return self.table.weight if items.whole else self.table(items.rows)
+
+
+def id_table(rows: int, dim: int, std: float) -> nn.Embedding:
+    """``rows`` vectors drawn from a normal distribution, row 0 (padding) zero."""
+    table = nn.Embedding(rows, dim, padding_idx=0)
+    with torch.no_grad():
+        table.weight.normal_(std=std)
+        table.weight[0] = 0
+    return table
+
+
+class TextItemTower(ItemTower):
+    """The text of an item through a pretrained language model and a projection: cold items have vectors too.
+
+    Frozen (the default), the catalogue is encoded once and its vectors are cached on disk; a step is then a matrix
+    product. Tuned whole or through a peft adapter, the distinct items of every step go through the language model with
+    gradients: choose in-batch or sampled candidates then, not the whole catalogue.
+
+    Args:
+        language_model: ``minilm`` (comes with pip), a folder, or a name on the Hugging Face hub.
+        dim: width of the item vectors; None: the language model's own width.
+        pooling: ``mean`` over tokens, the first (``cls``) or the ``last``.
+        max_tokens: texts are cut to so many tokens.
+        tune: ``frozen``, ``full`` or ``adapter``; None: ``adapter`` with ``peft``, else ``frozen``.
+        peft: an adapter, any config class of peft, such as ``{class_path: peft.LoraConfig, init_args: {r: 8}}``.
+        projection: from the language model to ``dim``: ``linear``, ``mlp`` (one hidden layer) or ``none``.
+        features: what a frozen model's vectors become before the projection: ``standardise`` (every feature with
+            mean 0 and deviation 1 over the catalogue), ``normalise`` (length 1) or ``raw``.
+        dropout: share of the language model's features dropped in training.
+        init_std: standard deviation of the item vectors before training, about; None: the usual initialisation
+            of a linear layer.
+        gradient_checkpointing: recompute the language model's activations in the backward pass, to save memory.
+        token_budget: most tokens, with padding, of one pass through the language model.
+        cache_dir: where vectors are cached; None: ``LIGHTNING_REC_CACHE``, else ``~/.cache/lightning_rec``.
+        dtype: precision of a frozen language model.
+    """
+
+    uses_ids = False
+    dim: int
+
+    def __init__(
+        self,
+        language_model: str = BUNDLED,
+        dim: int | None = 64,
+        pooling: Pooling = "mean",
+        max_tokens: int = 128,
+        tune: Tune | None = None,
+        peft: peft.PeftConfig | None = None,
+        projection: Literal["linear", "mlp", "none"] = "linear",
+        features: Literal["standardise", "normalise", "raw"] = "standardise",
+        dropout: float = 0.0,
+        init_std: float | None = None,
+        gradient_checkpointing: bool = False,
+        token_budget: int = 4096,
+        cache_dir: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        super().__init__()
+        self.encoder_options: dict[str, Any] = {
+            "language_model": language_model,
+            "pooling": pooling,
+            "max_tokens": max_tokens,
+            "tune": tune,
+            "peft": peft,
+            "gradient_checkpointing": gradient_checkpointing,
+            "token_budget": token_budget,
+            "cache_dir": cache_dir,
+            "dtype": dtype,
+        }
+        self.wanted_dim = dim
+        if dim is not None:
+            self.dim = dim
+        self.projection_kind = projection
+        self.features = features
+        self.dropout = dropout
+        self.init_std = init_std
+        self.tokens: TokenTable | None = None
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Finds the language model (and loads it, unless it is frozen), and creates the projection."""
+        self.encoder = TextEncoder(**self.encoder_options)
+        width = self.encoder.width
+        if self.projection_kind == "none" and self.wanted_dim not in (None, width):
+            raise ValueError(
+                f"Without a projection the item vectors have the language model's width, {width}, but dim is "
+                f"{self.wanted_dim}: set dim to null or {width}, or projection to linear."
+            )
+        self.dim = self.wanted_dim or width
+        self.frozen = self.encoder.tune == "frozen"
+        if self.frozen:
+            # Made of text and model, cached on disk: no part of a checkpoint.
+            self.register_buffer("vectors", None, persistent=False)
+            # Part of a checkpoint, so that a new item is seen as training saw the old ones.
+            self.register_buffer("feature_mean", torch.zeros(width))
+            self.register_buffer("feature_scale", torch.ones(width))
+            self.register_buffer("measured", torch.zeros((), dtype=torch.bool))
+        self.projection = self._make_projection(width)
+
+    def _make_projection(self, width: int) -> nn.Module:
+        if self.projection_kind == "none":
+            return nn.Identity()
+        last = nn.Linear(width, self.dim)
+        if self.init_std is not None:
+            nn.init.normal_(last.weight, std=self.init_std / width**0.5)
+            nn.init.zeros_(last.bias)
+        if self.projection_kind == "linear":
+            return last
+        return nn.Sequential(nn.Linear(width, width), nn.GELU(), last)
+
+    @property
+    def _place(self) -> torch.device:
+        for tensor in (*self.projection.parameters(), *self.buffers()):
+            return tensor.device
+        return self.encoder.device
+
+    def prepare(self, catalogue: CatalogueView) -> None:
+        """Encodes the catalogue's texts, or finds them in the disk cache; for a tuned model, tokenises them."""
+        if not catalogue.texts:
+            return
+        if len(catalogue.texts) != catalogue.n_rows:
+            raise ValueError(f"The catalogue has {catalogue.n_rows} rows but {len(catalogue.texts)} texts.")
+        if not self.frozen:
+            self.tokens = self.encoder.tokenise(catalogue.texts).to(self._place)
+            return
+        vectors = self.encoder.encode_cached(catalogue.texts, self._place).to(self._place)
+        if self.features == "standardise" and not self.measured:
+            real = vectors[1:] if len(vectors) > 1 else vectors
+            self.feature_mean.copy_(real.mean(0))
+            self.feature_scale.copy_(1 / real.std(0, unbiased=False).clamp_min(1e-6))
+            self.measured.fill_(True)
+        self.vectors = self._shape(vectors)
+
+    def _shape(self, vectors: Tensor) -> Tensor:
+        if self.features == "standardise":
+            return (vectors - self.feature_mean) * self.feature_scale
+        return F.normalize(vectors, dim=-1) if self.features == "normalise" else vectors
+
+    def _features(self, items: ItemBatch) -> Tensor:
+        """``(n, width)`` the language model's features of items."""
+        if self.frozen:
+            if self.vectors is None:
+                raise RuntimeError(_UNPREPARED)
+            return self.vectors if items.whole else self.vectors[items.rows]
+        if self.tokens is None:
+            raise RuntimeError(_UNPREPARED)
+        if self.tokens.tokens.device != items.rows.device:
+            self.tokens = self.tokens.to(items.rows.device)
+        return self.encoder.encode_table(self.tokens, items.rows)
+
+    def _project(self, features: Tensor) -> Tensor:
+        return self.projection(F.dropout(features, self.dropout, self.training))
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, d)`` item vectors, with gradients through a tuned language model."""
+        return self._project(self._features(items))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of items that have no row: new in the shop, known by their text only.
+
+        Args:
+            texts: ``n`` item texts, made by the template of the training data.
+
+        Returns:
+            ``(n, d)`` item vectors, as an item of the catalogue without training interactions has.
+        """
+        vectors = self.encoder.encode(texts, self._place)
+        training = self.training
+        self.eval()
+        try:
+            return self._from_text(self._shape(vectors) if self.frozen else vectors)
+        finally:
+            self.train(training)
+
+    def _from_text(self, features: Tensor) -> Tensor:
+        return self._project(features)
+
+    def language_parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained of the language model."""
+        return (parameter for parameter in self.encoder.parameters() if parameter.requires_grad)
+
+
+_UNPREPARED = (
+    "The text item tower has no texts yet: attach the data (tower.prepare(catalogue) with catalogue.texts) before "
+    "items are encoded. A checkpoint holds no texts; a run's data module or an exported artefact does."
+)
+
+
+class TextIdItemTower(TextItemTower):
+    """Text and a learned vector an item together: text carries cold items, the id what text does not say.
+
+    An item without training interactions has no id part, since its id vector was never trained.
+
+    Args:
+        fusion: ``sum`` of both; ``concat``: a linear layer over both side by side; ``gate``: a learned mixture,
+            feature by feature.
+        id_init_std: standard deviation of the id vectors before training.
+        id_dropout: share of the items whose id part is left out in a training step, so that text learns to stand
+            alone, as it must for cold items.
+        **options: see :class:`TextItemTower`.
+    """
+
+    uses_ids = True
+
+    def __init__(
+        self,
+        fusion: Literal["sum", "concat", "gate"] = "sum",
+        id_init_std: float = 0.02,
+        id_dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.fusion = fusion
+        self.id_init_std = id_init_std
+        self.id_dropout = id_dropout
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Creates the text part, one vector a row, and the fusion."""
+        super().configure(catalogue)
+        self.table = id_table(catalogue.n_rows, self.dim, self.id_init_std)
+        warm = torch.ones(catalogue.n_rows) if catalogue.counts is None else catalogue.counts.cpu() > 0
+        # 1 where an item was trained on, part of the checkpoint: which items are cold is a fact of the training data.
+        self.register_buffer("warm", warm.to(torch.float32)[:, None].clone())
+        if self.fusion != "sum":
+            self.mix = nn.Linear(2 * self.dim, self.dim)
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, d)`` item vectors; of text alone where an item was never trained on."""
+        text = self._project(self._features(items))
+        ids = self.table.weight if items.whole else self.table(items.rows)
+        keep = self.warm if items.whole else self.warm[items.rows]
+        if self.training and self.id_dropout:
+            keep = keep * (torch.rand_like(keep) >= self.id_dropout)
+        return self._fuse(text, ids * keep)
+
+    def _fuse(self, text: Tensor, ids: Tensor) -> Tensor:
+        if self.fusion == "sum":
+            return text + ids
+        mixed = self.mix(torch.cat([text, ids], dim=-1))
+        if self.fusion == "concat":
+            return mixed
+        gate = mixed.sigmoid()
+        return gate * text + (1 - gate) * ids
+
+    def _from_text(self, features: Tensor) -> Tensor:
+        text = self._project(features)
+        return self._fuse(text, torch.zeros_like(text))

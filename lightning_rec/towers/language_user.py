@@ -1,0 +1,134 @@
+"""A user tower that reads what users say and what is known of them: reviews, profile, the titles they touched last."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_rec.data.batch import CatalogueView, UserBatch
+from lightning_rec.towers.base import ItemTower, UserTower
+from lightning_rec.towers.item import TextItemTower
+from lightning_rec.towers.language import Pooling, TextEncoder, Tune
+
+SHARED = "shared"
+#: A frozen model reads a text once; so many vectors are kept in memory, the most recently used.
+_REMEMBERED = 50_000
+
+
+class LanguageUserTower(UserTower):
+    """The user's text through a language model of its own or the item tower's: one interest vector a user.
+
+    Args:
+        language_model: ``shared`` takes the item tower's language model, tuned or frozen as it is there; else
+            ``minilm``, a folder or a hub name, as in :class:`TextItemTower`.
+        pooling: how a model of its own pools tokens; ignored with ``shared``.
+        max_tokens: length of a user's text in tokens for a model of its own; ignored with ``shared``.
+        tune: ``frozen``, ``full`` or ``adapter`` for a model of its own; None: ``adapter`` with ``peft``, else
+            ``frozen``.
+        peft: an adapter for a model of its own, any config class of peft.
+        projection: to the width of the item vectors: ``linear`` or ``mlp``.
+        dropout: share of the language model's features dropped in training.
+        gradient_checkpointing: recompute the language model's activations in the backward pass, to save memory.
+        token_budget: most tokens, with padding, of one pass through the language model.
+    """
+
+    def __init__(
+        self,
+        language_model: str = SHARED,
+        pooling: Pooling = "mean",
+        max_tokens: int = 256,
+        tune: Tune | None = None,
+        peft: peft.PeftConfig | None = None,
+        projection: Literal["linear", "mlp"] = "linear",
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        token_budget: int = 4096,
+    ) -> None:
+        super().__init__()
+        self.shared = language_model == SHARED
+        if self.shared and (peft is not None or tune is not None):
+            raise ValueError(
+                "A shared language model is tuned as the item tower says: give tune and peft there, or give the user "
+                "tower a language_model of its own."
+            )
+        self.encoder_options: dict[str, Any] = {
+            "language_model": language_model,
+            "pooling": pooling,
+            "max_tokens": max_tokens,
+            "tune": tune,
+            "peft": peft,
+            "gradient_checkpointing": gradient_checkpointing,
+            "token_budget": token_budget,
+        }
+        self.projection_kind = projection
+        self.dropout = dropout
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
+        """Finds or shares the language model, and creates the projection."""
+        super().configure(catalogue, item_tower)
+        if not self.shared:
+            self.encoder = TextEncoder(**self.encoder_options)
+        elif isinstance(item_tower, TextItemTower):
+            # Not registered: the item tower owns it, and a checkpoint holds it once.
+            object.__setattr__(self, "encoder", item_tower.encoder)
+        else:
+            raise ValueError(
+                f"The user tower shares the item tower's language model, but {type(item_tower).__name__} has none: "
+                "choose TextItemTower or TextIdItemTower, or name the user tower's own language_model."
+            )
+        width = self.encoder.width
+        # Features of a language model vary in scale from model to model: bring them to one.
+        self.norm = nn.LayerNorm(width)
+        self.projection: nn.Module = nn.Linear(width, self.dim)
+        if self.projection_kind == "mlp":
+            self.projection = nn.Sequential(nn.Linear(width, width), nn.GELU(), self.projection)
+
+    def _features(self, texts: Sequence[str], device: torch.device) -> Tensor:
+        if self.encoder.tune != "frozen":
+            distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+            table = self.encoder.tokenise(list(distinct)).to(device)
+            vectors = self.encoder.encode_table(table, torch.arange(len(distinct), device=device))
+            return vectors[torch.tensor([distinct[text] for text in texts], device=device)]
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        found = dict(zip(missing, self.encoder.encode(missing, device).cpu(), strict=True)) if missing else {}
+        features = torch.stack([found[text] if text in found else self._known[text] for text in texts])
+        self._known.update((text, vector.clone()) for text, vector in found.items())
+        for text in texts:
+            self._known.move_to_end(text)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return features.to(device)
+
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """Reads the users' texts.
+
+        Args:
+            users: ``b`` users with ``texts``; histories are not looked at.
+            items: ``(n, d)`` item vectors, not looked at.
+
+        Returns:
+            ``(b, 1, d)`` interest vectors.
+
+        Raises:
+            ValueError: when the data module made no user texts.
+        """
+        if users.texts is None:
+            raise ValueError(
+                "The language user tower reads users' texts, but the data module made none: set its user_text option "
+                "(data.init_args.user_text) to what a user's text is made of."
+            )
+        features = self.norm(self._features(users.texts, items.device))
+        return self.projection(F.dropout(features, self.dropout, self.training))[:, None]
+
+    def language_parameters(self) -> Iterable[nn.Parameter]:
+        """What is trained of a language model of its own."""
+        if self.shared:
+            return ()
+        return (parameter for parameter in self.encoder.parameters() if parameter.requires_grad)

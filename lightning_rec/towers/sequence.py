@@ -1,0 +1,69 @@
+"""A lean causal self-attention block, the part of the sequence user tower that is pure torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["gelu", "relu", "silu"]
+_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+class CausalBlock(nn.Module):
+    """Self-attention that looks back only, then a feed-forward network, both residual.
+
+    ``nn.MultiheadAttention`` is not used: it spends three matrix products on what one does, and with padding masks
+    it leaves the fast kernels. Right-padded histories need no mask, since padding comes after everything real.
+
+    Args:
+        dim: width ``d``.
+        heads: number of attention heads; must divide ``dim``.
+        feed_forward: width of the hidden layer.
+        dropout: share of the outputs of both parts that is dropped in training.
+        attention_dropout: share of the attention weights that is dropped. Not 0 leaves the fused kernel on a CPU.
+        activation: the non-linearity of the feed-forward network.
+        norm_first: normalise before each part (stabler) or after each sum.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        feed_forward: int,
+        dropout: float,
+        attention_dropout: float,
+        activation: Activation,
+        norm_first: bool,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.activation = _ACTIVATIONS[activation]
+        self.norm_first = norm_first
+        self.attention_norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, feed_forward)
+        self.contract = nn.Linear(feed_forward, dim)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        rate = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        return F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), self.dropout, self.training)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return F.dropout(self.contract(self.activation(self.expand(x))), self.dropout, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(b, t, d)`` to ``(b, t, d)``: step ``i`` depends on steps ``0 .. i``."""
+        if self.norm_first:
+            x = x + self._attend(self.attention_norm(x))
+            return x + self._feed(self.feed_forward_norm(x))
+        x = self.attention_norm(x + self._attend(x))
+        return self.feed_forward_norm(x + self._feed(x))

@@ -1,0 +1,199 @@
+"""User towers that read the history of item vectors: causal self-attention, and pooling as the simple baseline."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_rec.data.batch import CatalogueView, UserBatch
+from lightning_rec.towers.base import ItemTower, UserTower
+from lightning_rec.towers.sequence import Activation, CausalBlock
+
+
+def history_vectors(users: UserBatch, items: Tensor) -> Tensor:
+    """``(b, t, d)`` item vectors of the histories.
+
+    Equal to ``items[users.history]``; the backward pass of an embedding is several times faster on a CPU than that of
+    an index.
+    """
+    return F.embedding(users.history, items)
+
+
+def _without_history_zero(users: UserBatch, interest: Tensor) -> Tensor:
+    """Zero vectors for users without a single event: their scores tie, and nothing is claimed about them."""
+    return interest.masked_fill((users.lengths == 0)[:, None, None], 0.0)
+
+
+class SequenceUserTower(UserTower):
+    """Causal self-attention over the history's item vectors: one interest vector after every event.
+
+    SASRec (Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018), with the choices that later work
+    made around it as options. Each step attends to itself and to what came before.
+
+    Args:
+        blocks: number of attention blocks.
+        heads: attention heads of a block; must divide the width of the item tower.
+        max_length: longest history in events, the size of the table of positions. The data module cuts histories to
+            their newest ``max_history`` events; that must not be more than this.
+        dropout: share of activations dropped in training, on the input and after both parts of a block.
+        attention_dropout: share of attention weights dropped in training. Anything but 0 leaves the fused attention
+            kernel on a CPU and costs time.
+        feed_forward: width of the hidden layer of a block; None: the width of the item vectors, as in SASRec.
+        activation: the non-linearity of a block.
+        norm: ``pre`` normalises before each part of a block and once at the end, ``post`` after each part.
+        positions_from: ``end`` counts positions back from the newest event of a history (SASRec's left-padded
+            layout), ``start`` from its oldest, ``none`` uses no positions.
+        scale_items: multiply item vectors by the root of their width before positions are added, as SASRec does.
+        input_norm: normalise the sum of item vector and position before the first block.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 2,
+        heads: int = 2,
+        max_length: int = 50,
+        dropout: float = 0.2,
+        attention_dropout: float = 0.0,
+        feed_forward: int | None = None,
+        activation: Activation = "gelu",
+        norm: Literal["pre", "post"] = "pre",
+        positions_from: Literal["end", "start", "none"] = "end",
+        scale_items: bool = False,
+        input_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if blocks < 0 or heads < 1 or max_length < 1:
+            raise ValueError(
+                f"SequenceUserTower needs blocks >= 0, heads >= 1 and max_length >= 1, but got blocks={blocks}, "
+                f"heads={heads}, max_length={max_length}."
+            )
+        self.n_blocks = blocks
+        self.heads = heads
+        self.max_length = max_length
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.feed_forward = feed_forward
+        self.activation: Activation = activation
+        self.norm = norm
+        self.positions_from = positions_from
+        self.scale_items = scale_items
+        self.input_norm = input_norm
+
+    def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
+        """Creates positions and blocks of the item tower's width."""
+        super().configure(catalogue, item_tower)
+        if self.dim % self.heads:
+            raise ValueError(
+                f"The item tower's dim ({self.dim}) is not divisible by the user tower's heads ({self.heads}): "
+                "choose a dim that is a multiple of heads."
+            )
+        if self.positions_from != "none":
+            self.positions = nn.Embedding(self.max_length, self.dim)
+        self.first_norm = nn.LayerNorm(self.dim) if self.input_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            CausalBlock(
+                dim=self.dim,
+                heads=self.heads,
+                feed_forward=self.feed_forward or self.dim,
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+                activation=self.activation,
+                norm_first=self.norm == "pre",
+            )
+            for _ in range(self.n_blocks)
+        )
+        self.last_norm = nn.LayerNorm(self.dim) if self.norm == "pre" else nn.Identity()
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def _positions(self, users: UserBatch) -> Tensor:
+        """``(b, t, d)`` or ``(1, t, d)`` position vectors."""
+        t = users.history.shape[1]
+        if self.positions_from == "start":
+            return self.positions.weight[:t][None]
+        steps = torch.arange(t, device=users.history.device)
+        return self.positions((users.lengths[:, None] - 1 - steps).clamp_min(0))
+
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """Reads the histories.
+
+        Args:
+            users: ``b`` users with histories of ``t`` events, right-padded.
+            items: ``(n, d)`` item vectors.
+
+        Returns:
+            ``(b, t, d)`` interest after every event; zero vectors for users without history.
+
+        Raises:
+            ValueError: when a history is longer than ``max_length``.
+        """
+        t = users.history.shape[1]
+        if t > self.max_length:
+            raise ValueError(
+                f"A history of {t} events is longer than the user tower's max_length of {self.max_length}: set "
+                f"model.user_tower.init_args.max_length to at least {t}, or data.init_args.max_history to at most "
+                f"{self.max_length}."
+            )
+        x = history_vectors(users, items)
+        if self.scale_items:
+            x = x * self.dim**0.5
+        if self.positions_from != "none":
+            x = x + self._positions(users)
+        x = F.dropout(self.first_norm(x), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        return _without_history_zero(users, self.last_norm(x))
+
+
+class PooledUserTower(UserTower):
+    """The history's item vectors pooled: the simple baseline beside self-attention.
+
+    Every pooling is causal, so that it trains at every step as the sequence tower does:
+
+    - ``mean``: the mean of the vectors up to each step. No parameters.
+    - ``attention``: their weighted mean, the weights a softmax of one learned score an item.
+    - ``gru``: the states of a recurrent network (GRU4Rec, Hidasi et al., ICLR 2016).
+
+    Args:
+        pooling: how vectors become one.
+        dropout: share of the inputs dropped in training.
+    """
+
+    def __init__(self, pooling: Literal["mean", "attention", "gru"] = "mean", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.dropout = dropout
+
+    def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
+        """Creates what the pooling learns, if anything."""
+        super().configure(catalogue, item_tower)
+        if self.pooling == "attention":
+            self.score = nn.Sequential(nn.Linear(self.dim, self.dim), nn.Tanh(), nn.Linear(self.dim, 1))
+        elif self.pooling == "gru":
+            self.gru = nn.GRU(self.dim, self.dim, batch_first=True)
+
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """See :class:`SequenceUserTower`: ``(b, t, d)``, zero vectors for users without history."""
+        x = F.dropout(history_vectors(users, items), self.dropout, self.training)
+        t = x.shape[1]
+        if self.pooling == "mean":
+            steps = torch.arange(1, t + 1, device=x.device, dtype=x.dtype)
+            interest = x.cumsum(1) / steps[:, None]
+        elif self.pooling == "attention":
+            # Padding comes last, so the weights of a real step never hold any of it.
+            scores = self.score(x).squeeze(-1)[:, None, :].expand(-1, t, -1)
+            later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+            interest = scores.masked_fill(later, float("-inf")).softmax(-1) @ x
+        else:
+            interest = self.gru(x)[0]
+        return _without_history_zero(users, interest)
