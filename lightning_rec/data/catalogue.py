@@ -39,12 +39,16 @@ def _as_arrow(ids: Any) -> pa.Array:
     if not isinstance(ids, pa.Array | pa.ChunkedArray):
         if not isinstance(ids, list | np.ndarray):
             ids = list(ids[:]) if hasattr(ids, "__getitem__") else list(ids)
-        ids = pa.array(ids, type=pa.large_string())
+        try:
+            ids = pa.array(ids, type=pa.large_string())
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"Ids are strings, since '001' and '1' differ; read them as text ({error}).") from None
     if isinstance(ids, pa.ChunkedArray):
-        ids = ids.cast(pa.large_string()).combine_chunks()
-        if isinstance(ids, pa.ChunkedArray):
-            ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.large_string())
-    ids = ids.cast(pa.large_string())
+        # Cast first: 32-bit offsets overflow when the chunks of a long column are joined.
+        chunks = [chunk.cast(pa.large_string()) if pa.types.is_string(chunk.type) else chunk for chunk in ids.chunks]
+        ids = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+    if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+        raise ValueError(f"Ids are strings, since '001' and '1' differ; here they are of type {ids.type}.")
     if ids.null_count:
         first = int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
         raise ValueError(f"An id is missing: {ids.null_count} of {len(ids)} ids are null, the first in row {first}.")
@@ -166,7 +170,7 @@ class Catalogue:
         """Number of items whose whole text is empty."""
         return self.texts.count("") - 1
 
-    def row(self, id_: str) -> int:
+    def row(self, id_: object) -> int:
         """The row of a raw id.
 
         Raises:
@@ -177,12 +181,13 @@ class Catalogue:
             raise ValueError(f"The catalogue has no item with the id {id_!r}.{self._near(id_)}")
         return row
 
-    def _near(self, id_: Any) -> str:
+    def _near(self, id_: object) -> str:
         if not isinstance(id_, str):
             text = f" as in {str(id_)!r}" if str(id_) in self._rows else ""
             return f" Ids are strings{text}; this one is of type {type(id_).__name__}."
-        for form in ("NFC", "NFD"):
-            if unicodedata.normalize(form, id_) in self._rows:  # type: ignore[arg-type]  # mypy widens the literal
+        forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+        for form in forms:
+            if unicodedata.normalize(form, id_) in self._rows:
                 return f" It has the same letters in another Unicode normal form ({form})."
         if id_.strip() in self._rows:
             return f" It has {id_.strip()!r}, without the white space."
@@ -236,18 +241,19 @@ class Catalogue:
     @cached_property
     def digest(self) -> str:
         """A hash of the texts in their order, the same in every process."""
-        return _digest(self.texts)
+        return ids_hash(self.texts)
 
     @cached_property
     def ids_digest(self) -> str:
         """A hash of the raw ids in their order, the same in every process."""
-        return _digest(self.ids)
+        return ids_hash(self.ids)
 
     def view(
         self,
         counts: np.ndarray | torch.Tensor | None = None,
         n_users: int = 1,
         rating_range: tuple[float, float] | None = None,
+        users_digest: str = "",
     ) -> CatalogueView:
         """What towers may know of the data.
 
@@ -255,11 +261,21 @@ class Catalogue:
             counts: ``(n_rows,)`` number of training interactions of each row.
             n_users: number of user rows, padding included.
             rating_range: lowest and highest rating.
+            users_digest: a hash of the raw user ids, see ``ids_hash``.
         """
         tensor = None if counts is None else torch.as_tensor(counts)
         if tensor is not None and tensor.shape != (len(self),):
             raise ValueError(f"counts has the shape {tuple(tensor.shape)}; the catalogue has {len(self)} rows.")
-        return CatalogueView(len(self), n_users, self.texts, tensor, self.digest, rating_range)
+        return CatalogueView(
+            n_rows=len(self),
+            n_users=n_users,
+            texts=self.texts,
+            counts=tensor,
+            digest=self.digest,
+            ids_digest=self.ids_digest,
+            users_digest=users_digest,
+            rating_range=rating_range,
+        )
 
 
 def _columns(table: Dataset, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -302,7 +318,8 @@ def _render(items: Dataset, template: Template | str | None, cleaner: Any) -> li
     return template.render_columns(_columns(items, template.fields), cleaner)
 
 
-def _digest(texts: Iterable[str]) -> str:
+def ids_hash(texts: Iterable[str]) -> str:
+    """A sha256 over strings and their order, the same in every process."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")

@@ -56,7 +56,8 @@ def complement_weighted(
 
     The known rows cut the others into gaps. A gap is drawn by its weight, then a row in it, both by the inverse of
     the cumulative weights. The weight of a gap is a difference of two sums, exactly 0 for a gap without rows, so that
-    a known row cannot come out through rounding even when it holds nearly all the weight.
+    a known row cannot come out through rounding even when it holds nearly all the weight. The weight of a row counts
+    to within 1e-16 of the sum of all weights.
 
     Args:
         rng: source of randomness.
