@@ -99,11 +99,11 @@ class Batch(_Movable):
             one of them. With the whole catalogue that is ``len(items) - 1``.
         log_q: ``(n_candidates,)`` log of the expected number of times each candidate is drawn for a step
             (Bengio and Senecal, 2008; Yi et al., RecSys 2019), or None when the candidates are the whole catalogue.
-        known: ``(b, k)`` training: positions in the table of all known positives of each user that are candidates,
-            padded with 0. None when known positives are not looked at.
+        known: ``(b, k)`` training: catalogue rows of the user's training positives, padded with 0.
         seen: ``(b, s)`` evaluation and prediction: catalogue rows that the user has already touched and that must
             not be recommended, padded with 0. None when seen items are kept.
         ratings: shaped like ``targets``: the rating of each target, NaN where there is none. None without ratings.
+        index: ``(b,)`` evaluation and prediction: the number of each user in the order in which users were asked for.
     """
 
     users: UserBatch
@@ -114,6 +114,7 @@ class Batch(_Movable):
     known: Tensor | None = None
     seen: Tensor | None = None
     ratings: Tensor | None = None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class CatalogueView:
         texts: one text a catalogue row, ``texts[0] == ""``; empty when a checkpoint is loaded without its data.
         counts: ``(n_rows,)`` number of training interactions of each row; None without data.
         digest: a hash of ``texts`` (their content and order), for cache keys.
+        ids_digest: a hash of the raw item ids in order: towers with id vectors fit one catalogue only.
+        users_digest: a hash of the raw user ids in order.
         rating_range: lowest and highest rating, or None when the data has no ratings.
     """
 
@@ -134,4 +137,6 @@ class CatalogueView:
     texts: Sequence[str] = field(default=(), repr=False)
     counts: Tensor | None = field(default=None, repr=False)
     digest: str = ""
+    ids_digest: str = ""
+    users_digest: str = ""
     rating_range: tuple[float, float] | None = None

@@ -105,6 +105,7 @@ class Catalogue:
         template: Template | str | None = None,
         cleaning: Sequence[str] = DEFAULT_CLEANING,
         unknown_items: Literal["drop", "add"] = "drop",
+        optional_fields: bool = False,
     ) -> Catalogue:
         """Builds the catalogue from the item table and the ids that interactions name.
 
@@ -118,6 +119,8 @@ class Catalogue:
             cleaning: names of the cleaning steps applied to each field, see ``text.CLEANING_STEPS``.
             unknown_items: what becomes of an item that interactions name and the table does not have: ``drop``
                 leaves it out (``rows`` gives 0 for it), ``add`` gives it a row with an empty text. Both are counted.
+            optional_fields: a field of the template that the table does not have is missing in every row, instead of
+                an error: for a domain's own template, which names more than every data set has.
 
         Raises:
             ValueError: no column ``item_id``, ids that are not strings or are empty, an unknown field in the
@@ -136,7 +139,7 @@ class Catalogue:
             return catalogue
 
         items, ids, duplicates = _distinct_items(items)
-        texts = _render(items, template, cleaner)
+        texts = _render(items, template, cleaner, optional_fields)
         known = set(ids)
         unknown = [position for position, id_ in enumerate(touched) if id_ not in known]
         counts = np.bincount(codes, minlength=len(touched))
@@ -306,7 +309,7 @@ def _distinct_items(items: Dataset) -> tuple[Dataset, list[str], list[str]]:
     return items.select(kept), list(first), [ids[row] for row in sorted(left_out)]
 
 
-def _render(items: Dataset, template: Template | str | None, cleaner: Any) -> list[str]:
+def _render(items: Dataset, template: Template | str | None, cleaner: Any, optional: bool) -> list[str]:
     fields = [name for name in items.column_names if name != "item_id"]
     if template is None:
         if not fields:
@@ -314,8 +317,11 @@ def _render(items: Dataset, template: Template | str | None, cleaner: Any) -> li
         template = Template(". ".join("{" + name + "}" for name in fields))
     elif isinstance(template, str):
         template = Template(template)
-    template.check(items.column_names)
-    return template.render_columns(_columns(items, template.fields), cleaner)
+    if not optional:
+        template.check(items.column_names)
+    present = [name for name in template.fields if name in items.column_names]
+    columns: dict[str, list[Any]] = {name: [None] * len(items) for name in template.fields}
+    return template.render_columns(columns | _columns(items, present), cleaner)
 
 
 def ids_hash(texts: Iterable[str]) -> str:

@@ -99,6 +99,9 @@ class ItemTower(Tower):
 class UserTower(Tower):
     """Turns histories (and texts, and ids) of users into interest vectors in the space of the item vectors."""
 
+    #: True when the tower holds a vector for each user, so that a checkpoint fits its own users only.
+    uses_ids: bool = False
+
     def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
         """Creates the parameters. Called once, after the item tower's ``configure``, before weights are loaded.
 

@@ -42,6 +42,10 @@ class PopularityItemTower(ItemTower):
 class ConstantUserTower(UserTower):
     """Every user is a vector of ones, at every step."""
 
+    def knows(self, users: UserBatch) -> Tensor:
+        """Popularity answers everyone."""
+        return users.lengths >= 0
+
     def forward(self, users: UserBatch, items: Tensor) -> Tensor:
         """``(b, t, d)`` ones."""
         return items.new_ones(()).expand(*users.history.shape, self.dim)
@@ -57,9 +61,15 @@ class IdUserTower(UserTower):
         init_std: standard deviation of the vectors before training.
     """
 
+    uses_ids = True
+
     def __init__(self, init_std: float = 0.02) -> None:
         super().__init__()
         self.init_std = init_std
+
+    def knows(self, users: UserBatch) -> Tensor:
+        """True for users with a vector of their own."""
+        return users.users > 0
 
     def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
         """Creates one vector a user."""

@@ -14,16 +14,24 @@ class Score(nn.Module, ABC):
     """Makes vectors ready, so that objectives, metrics and indexes need to know the dot product only."""
 
     @abstractmethod
-    def forward(self, interest: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Args are ``(..., d)`` interest vectors and ``(n, d)`` item vectors; returns them ready for the product."""
+    def interest(self, vectors: Tensor) -> Tensor:
+        """Interest vectors ``(..., d)``, ready for the product."""
+
+    @abstractmethod
+    def items(self, vectors: Tensor) -> Tensor:
+        """Item vectors ``(n, d)``, ready for the product."""
 
 
 class Dot(Score):
     """The plain dot product."""
 
-    def forward(self, interest: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    def interest(self, vectors: Tensor) -> Tensor:
         """The vectors as they are."""
-        return interest, items
+        return vectors
+
+    def items(self, vectors: Tensor) -> Tensor:
+        """The vectors as they are."""
+        return vectors
 
 
 class Cosine(Score):
@@ -38,13 +46,13 @@ class Cosine(Score):
         super().__init__()
         if not 0.01 <= temperature <= 1:
             raise ValueError(f"The temperature must lie between 0.01 and 1, but is {temperature}.")
-        log_scale = torch.tensor(-math.log(temperature))
-        if learn:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn)
 
-    def forward(self, interest: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors, the interest vectors multiplied by the inverse temperature."""
+    def interest(self, vectors: Tensor) -> Tensor:
+        """Unit vectors times the inverse temperature."""
         scale = self.log_scale.clamp(0.0, math.log(100.0)).exp()
-        return F.normalize(interest, dim=-1, eps=1e-6) * scale, F.normalize(items, dim=-1, eps=1e-6)
+        return F.normalize(vectors, dim=-1, eps=1e-6) * scale
+
+    def items(self, vectors: Tensor) -> Tensor:
+        """Unit vectors."""
+        return F.normalize(vectors, dim=-1, eps=1e-6)

@@ -1,0 +1,140 @@
+"""What a run leaves in its folder: test metrics with their protocol, and predictions with raw ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run: that of the checkpoint in use, else that of the logger, else ``default_root_dir``."""
+    if trainer.ckpt_path is not None:
+        folder = Path(trainer.ckpt_path).resolve().parent
+        return folder.parent if folder.name == "checkpoints" else folder
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class ResultWriter(Callback):
+    """Writes ``validate_metrics.json`` and ``test_metrics.json``: metrics, protocol and checkpoint."""
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        protocol = getattr(trainer.datamodule, "protocol", "")  # type: ignore[attr-defined]  # set by Lightning
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stage}_metrics.json"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        content = {"metrics": metrics, "protocol": protocol, "checkpoint": str(trainer.ckpt_path or "")}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        rank_zero_info(f"{protocol}\nMetrics written to {path}.")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the test metrics."""
+        self._write(trainer, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the validation metrics of the ``validate`` command."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, "validate")
+
+
+class PredictionWriter(Callback):
+    """Writes what ``predict`` recommends: one group of rows for every user asked for, in order, with raw ids.
+
+    Columns: ``user_id``, ``rank`` (from 1), ``item_id``, ``score``, ``source`` (``towers``, or ``popularity`` for a user
+    that the towers know nothing of). A user who has touched everything has no rows.
+
+    Args:
+        path: the file; None writes ``predictions.parquet`` or ``predictions.jsonl`` into the run's folder.
+        format: ``parquet``, or ``jsonl``: JSON Lines.
+    """
+
+    def __init__(self, path: str | None = None, format: Literal["parquet", "jsonl"] = "parquet") -> None:
+        self.path = path
+        self.format = format
+        self._parts: list[dict[str, torch.Tensor]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an earlier prediction."""
+        self._parts = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps rows and scores of a batch, on the CPU."""
+        self._parts.append({name: value.cpu() for name, value in outputs.items()})
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the users of all devices in order and writes them."""
+        joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]} if self._parts else {}
+        self._parts = []
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, joined)
+            full = [part for part in gathered if part]
+            joined = {name: torch.cat([part[name] for part in full]) for name in full[0]} if full else {}
+        if trainer.is_global_zero:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+            path = Path(self.path) if self.path else run_folder(trainer) / f"predictions.{self.format}"
+            table = prediction_table(joined, data.asked_users, data.catalogue.ids)
+            write_table(table, path, self.format)
+            rank_zero_info(f"{len(data.asked_users):,} users: {table.num_rows:,} recommendations written to {path}.")
+
+
+def prediction_table(found: dict[str, torch.Tensor], users: Sequence[str], item_ids: Sequence[str]) -> pa.Table:
+    """Predictions as a table with raw ids.
+
+    Args:
+        found: ``index`` ``(n,)``, ``rows`` ``(n, k)``, ``scores`` ``(n, k)``, ``fallback`` ``(n,)`` in any order of users.
+        users: the users asked for.
+        item_ids: raw id of each catalogue row.
+    """
+    if not found:
+        return pa.table({name: pa.array([], kind) for name, kind in _COLUMNS.items()}, schema=pa.schema(_COLUMNS))
+    order = torch.argsort(found["index"])
+    rows, scores = found["rows"][order].numpy(), found["scores"][order].numpy()
+    index, fallback = found["index"][order].numpy(), found["fallback"][order].numpy()
+    real = rows > 0
+    owner, column = np.nonzero(real)
+    sources = pa.array(["towers", "popularity"])
+    return pa.table(
+        {
+            "user_id": pa.array(list(users), pa.string()).take(pa.array(index[owner])),
+            "rank": pa.array((np.cumsum(real, axis=1)[owner, column]).astype(np.int32)),
+            "item_id": pa.array(list(item_ids), pa.string()).take(pa.array(rows[owner, column])),
+            "score": pa.array(scores[owner, column].astype(np.float32)),
+            "source": sources.take(pa.array(fallback[owner].astype(np.int64))),
+        }
+    )
+
+
+_COLUMNS = {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32(), "source": pa.string()}
+
+
+def write_table(table: pa.Table, path: Path, format: Literal["parquet", "jsonl"]) -> None:
+    """Writes a table in one piece: to a temporary file beside ``path``, which then takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    if format == "parquet":
+        pq.write_table(table, temporary)
+    else:
+        with temporary.open("w", encoding="utf-8") as file:
+            for batch in table.to_batches(max_chunksize=65_536):
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
+    temporary.replace(path)

@@ -1,0 +1,134 @@
+"""Checkpoints that hold what was trained, and reload strictly.
+
+A frozen language model is not written: it comes from its own files again. What is written are the trained parameters
+(adapters, heads, id vectors), the buffers, the sizes that the towers need, and the state of the random numbers, so that
+a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_rec.data.batch import CatalogueView
+
+if TYPE_CHECKING:
+    from lightning_rec.module import TwoTower
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return type(value) in _PLAIN
+
+
+def keep_plain(hparams: MutableMapping[str, Any]) -> None:
+    """Drops hyperparameters that are objects (towers given from Python), which a safe checkpoint cannot hold.
+
+    Those are given again to ``load_from_checkpoint``. From the command line every hyperparameter is plain.
+    """
+    for name in [name for name, value in hparams.items() if not _is_plain(value)]:
+        del hparams[name]
+
+
+def written_names(module: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that a checkpoint holds: all but frozen parameters."""
+    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return set(module.state_dict()) - frozen
+
+
+def on_save(module: TwoTower, checkpoint: dict[str, Any]) -> None:
+    """Leaves what was trained in ``checkpoint`` and adds sizes and random state."""
+    names = written_names(module)
+    checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+    checkpoint["catalogue"] = {
+        "n_rows": module.n_rows,
+        "n_users": module.n_users,
+        "rating_range": None if module.rating_range is None else list(module.rating_range),
+        "ids_digest": module.ids_digest,
+        "users_digest": module.users_digest,
+    }
+    checkpoint["random_state"] = torch.get_rng_state()
+
+
+def on_load(module: TwoTower, checkpoint: dict[str, Any], view: CatalogueView | None) -> None:
+    """Builds the towers if need be, checks the keys and completes the state with what is frozen.
+
+    Raises:
+        RuntimeError: naming keys that are missing or foreign, or a catalogue that is not the checkpoint's.
+    """
+    sizes = checkpoint.get("catalogue")
+    if sizes is None:
+        raise RuntimeError(
+            "This checkpoint was not written by lightning_rec: it does not say the size of its catalogue. "
+            "Give a checkpoint of `lightning-rec fit`."
+        )
+    if not module.is_built:
+        rating_range = sizes["rating_range"]
+        module.build(
+            CatalogueView(
+                n_rows=sizes["n_rows"],
+                n_users=sizes["n_users"],
+                rating_range=None if rating_range is None else (rating_range[0], rating_range[1]),
+                ids_digest=sizes["ids_digest"],
+                users_digest=sizes["users_digest"],
+            )
+        )
+    given: dict[str, Any] = checkpoint["state_dict"]
+    if _other_catalogue(module, sizes, view):
+        given = given | {"train_counts": module.train_counts}
+    wanted = written_names(module)
+    missing, foreign = sorted(wanted - set(given)), sorted(set(given) - wanted)
+    if missing or foreign:
+        raise RuntimeError(_mismatch(missing, foreign))
+    current = module.state_dict()
+    checkpoint["state_dict"] = {name: given.get(name, current[name]) for name in current}
+    if "random_state" in checkpoint and checkpoint.get("global_step", 0) > 0:
+        module.restored_random_state = checkpoint["random_state"].cpu()
+
+
+def _other_catalogue(module: TwoTower, sizes: dict[str, Any], view: CatalogueView | None) -> bool:
+    """True when text towers meet another catalogue than the one they were fitted on; id towers refuse."""
+    if view is None:
+        return False
+    if module.user_tower.uses_ids and view.users_digest != sizes["users_digest"]:
+        raise RuntimeError(
+            f"The checkpoint knows {sizes['n_users'] - 1:,} users, but the data has {view.n_users - 1:,} users or other "
+            "ids or another order of them. A user tower with a vector for each user fits its own users only: use the "
+            "data it was fitted on, or a user tower that reads histories."
+        )
+    if view.n_rows == sizes["n_rows"] and view.ids_digest == sizes["ids_digest"]:
+        return False
+    if module.item_tower.uses_ids:
+        raise RuntimeError(
+            f"The checkpoint knows a catalogue of {sizes['n_rows'] - 1:,} items, but the data has {view.n_rows - 1:,} "
+            "items or other ids or another order of them. An item tower with id vectors fits its own catalogue only: "
+            "use the data it was fitted on, or a text item tower, which carries over."
+        )
+    return True
+
+
+def _mismatch(missing: list[str], foreign: list[str]) -> str:
+    lines = ["The checkpoint does not fit this model."]
+    if missing:
+        lines.append(f"The checkpoint lacks {_some(missing)}.")
+    if foreign:
+        lines.append(f"The model has no {_some(foreign)}.")
+        near = difflib.get_close_matches(foreign[0], missing, n=1)
+        if near:
+            lines.append(f"{foreign[0]} may be called {near[0]} here.")
+    lines.append("Use the config that the checkpoint was fitted with (config.yaml in its run folder).")
+    return " ".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

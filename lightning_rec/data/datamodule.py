@@ -1,0 +1,424 @@
+"""The life of the data, shared by every domain: read, index, filter, split, batch.
+
+A domain (or you) overrides a few hooks of :class:`RecDataModule`: which files it recognises, its text template and its
+positive rule. See ``ecommerce.py``, ``video.py`` and ``news.py`` for three complete examples.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+
+from lightning_rec.data.batch import Batch, CatalogueView
+from lightning_rec.data.catalogue import Catalogue, encode_ids, ids_hash
+from lightning_rec.data.collate import (
+    CandidateMode,
+    EvaluationDataset,
+    Int,
+    KnownItems,
+    Supervision,
+    TrainDataset,
+    training_samples,
+)
+from lightning_rec.data.loader import LengthSampler, ResumableLoader
+from lightning_rec.data.readers.base import RawData, Reader
+from lightning_rec.data.sampling import NegativeSampler
+from lightning_rec.data.split import Histories, Split, build_histories, global_time, leave_one_out
+from lightning_rec.data.text import DEFAULT_CLEANING
+from lightning_rec.data.user_text import UserTextMaker
+
+log = logging.getLogger(__name__)
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+class RecDataModule(LightningDataModule):
+    """Reads a catalogue and a log, splits the log by user and serves batches.
+
+    Args:
+        reader: what reads the files, such as ``lightning_rec.data.readers.Files``. May be left out when ``path`` names
+            files that the domain recognises.
+        path: a folder or file of a data set that the domain recognises (see the domain's class).
+        template: how an item's fields become one text, such as ``"{title}. {brand}. {description}"``; fields that an
+            item lacks are skipped. None takes the domain's template.
+        cleaning: names of the text cleaning steps, in order (see ``lightning_rec.data.text.CLEANING_STEPS``).
+        user_template: how a user's text is made from the fields of the user table, ``{titles}`` (the newest titles of
+            the history) and ``{reviews}`` (the newest reviews). None: users have no text.
+        user_titles: at most so many of the newest titles, and as many reviews, go into a user's text.
+        min_rating: the positive rule: an interaction with a lower rating is not positive. It is kept out of histories
+            and targets, but counts as touched for ``filter_seen``. An interaction without a rating is positive. None
+            takes the domain's rule.
+        rating_range: lowest and highest possible rating, for rating regression. None takes what the data holds.
+        repeats: what happens to repeats of one user and item: ``keep`` them all, or only the ``first`` or ``last``.
+        min_user_events: drop users with fewer positive interactions, and (with ``min_item_events``) repeat until both
+            minimums hold: the k-core.
+        min_item_events: drop items with fewer positive interactions.
+        unknown_items: what happens to interactions whose item the item table lacks: ``drop`` them (counted), or ``add``
+            a catalogue row with an empty text.
+        split: ``leave_one_out``: the last event of each user is the test, the one before it the validation;
+            ``global_time``: everything after ``test_start`` is the test.
+        min_events: leave-one-out: users with fewer events are trained on but not evaluated.
+        validation_start: global time: a share of all events (0.8), a time in seconds or an ISO date.
+        test_start: global time: likewise.
+        max_history: longest history that the towers read, in events; the newest are kept.
+        windows: ``newest``: train on the newest ``max_history`` events of each user; ``all``: cut longer histories into
+            windows, so that every event is trained on.
+        supervision: ``every`` step of a history is a training target; ``random``: the end of one random prefix a user and
+            epoch, for user towers that give one vector a history; ``last``: the newest event only.
+        candidates: what a target competes with in training: the whole ``catalogue``, the other targets of the ``batch``,
+            or these and ``sampled`` negatives.
+        negatives: number of sampled negatives a step (or a user).
+        negative_distribution: ``uniform``, or ``popularity``: in proportion to training counts.
+        negatives_per_user: draw ``negatives`` for each user from what that user has not touched. Otherwise they are
+            drawn once for the step, and where one is a known positive of a user, it does not count for that user.
+        filter_seen: items that a user has touched are not recommended and not ranked in evaluation. A target that was
+            touched before is then a miss.
+        batch_size: users a training step, on each device.
+        eval_batch_size: users a step of validation, test and prediction.
+        num_workers: loader processes. Batches are made by array operations, so that 0 is fast enough for most runs.
+        predict_users: the users to predict for, as a list or a text file with one id a line. None: all users.
+        seed: seed of the order of samples and of sampled negatives.
+    """
+
+    #: The text template of the domain.
+    default_template: ClassVar[str | None] = None
+    #: The lowest rating that counts as positive in the domain.
+    default_min_rating: ClassVar[float | None] = None
+
+    def __init__(
+        self,
+        reader: Reader | None = None,
+        path: str | None = None,
+        template: str | None = None,
+        cleaning: list[str] = list(DEFAULT_CLEANING),  # noqa: B006  # jsonargparse shows it; it is never changed
+        user_template: str | None = None,
+        user_titles: int = 10,
+        min_rating: float | None = None,
+        rating_range: tuple[float, float] | None = None,
+        repeats: Literal["keep", "first", "last"] = "keep",
+        min_user_events: int = 1,
+        min_item_events: int = 1,
+        unknown_items: Literal["drop", "add"] = "drop",
+        split: Literal["leave_one_out", "global_time"] = "leave_one_out",
+        min_events: int = 3,
+        validation_start: float | int | str = 0.8,
+        test_start: float | int | str = 0.9,
+        max_history: int = 50,
+        windows: Literal["newest", "all"] = "newest",
+        supervision: Supervision = "every",
+        candidates: CandidateMode = "catalogue",
+        negatives: int = 0,
+        negative_distribution: Literal["uniform", "popularity"] = "uniform",
+        negatives_per_user: bool = False,
+        filter_seen: bool = True,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        predict_users: list[str] | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for name in [key for key, value in self.hparams.items() if isinstance(value, Reader)]:
+            del self.hparams[name]  # only plain values go into checkpoints
+        if reader is None and path is None:
+            raise ValueError("The data module needs to know its files: set data.reader, or data.path to a data set.")
+        if candidates == "sampled" and negatives < 1:
+            raise ValueError("candidates: sampled needs negatives of at least 1.")
+        if max_history < 1:
+            raise ValueError(f"max_history must be at least 1, but is {max_history}.")
+        self.reader = reader
+        self.path = path
+        self.template = template
+        self.cleaning = cleaning
+        self.user_template = user_template
+        self.user_titles = user_titles
+        self.min_rating = self.default_min_rating if min_rating is None else min_rating
+        self.rating_range = rating_range
+        self.repeats = repeats
+        self.min_user_events = min_user_events
+        self.min_item_events = min_item_events
+        self.unknown_items = unknown_items
+        self.split_name = split
+        self.min_events = min_events
+        self.validation_start = validation_start
+        self.test_start = test_start
+        self.max_history = max_history
+        self.windows = windows
+        self.supervision = supervision
+        self.candidates = candidates
+        self.negatives = negatives
+        self.negative_distribution = negative_distribution
+        self.negatives_per_user = negatives_per_user
+        self.filter_seen = filter_seen
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.predict_users = predict_users
+        self.seed = seed
+
+    # ------------------------------------------------------------------ hooks that a domain or a user overrides
+
+    def usual_reader(self, path: str) -> Reader:
+        """The reader for a data set that the domain recognises by its files.
+
+        Raises:
+            ValueError: when it recognises none.
+        """
+        raise ValueError(f"{type(self).__name__} recognises no data set at {path}: set data.reader instead of data.path.")
+
+    def read(self) -> RawData:
+        """Reads the files into tables with the canonical columns."""
+        reader = self.reader if self.reader is not None else self.usual_reader(str(self.path))
+        return reader.read()
+
+    def positive(self, interactions: Dataset) -> NDArray[np.bool_]:
+        """The positive rule: which interactions are positive.
+
+        Args:
+            interactions: table with ``user_id``, ``item_id`` and, where the data has it, ``rating``.
+
+        Returns:
+            ``(rows,)`` True where an interaction is positive.
+        """
+        ratings = _column(interactions, "rating", np.float64)
+        if self.min_rating is None or ratings is None:
+            return np.ones(len(interactions), dtype=bool)
+        return ~(ratings < self.min_rating)
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, indexes and splits the data once, whatever the stage."""
+        if hasattr(self, "split"):
+            return
+        raw = self.read()
+        interactions = raw.interactions
+        item_ids = interactions["item_id"]
+        self.catalogue = Catalogue.build(
+            raw.items,
+            item_ids,
+            template=self.default_template if self.template is None else self.template,
+            cleaning=self.cleaning,
+            unknown_items=self.unknown_items,
+            optional_fields=self.template is None,
+        )
+        user_codes, user_ids = encode_ids(interactions["user_id"])
+        user_codes, self.user_ids = user_codes + 1, ["", *user_ids]
+        items = self.catalogue.rows(item_ids)
+        times = _column(interactions, "timestamp", np.int64)
+        ratings = _column(interactions, "rating", np.float32)
+        known = items > 0
+        positive = self.positive(interactions) & known
+        self.histories = build_histories(
+            user_codes,
+            items,
+            times,
+            ratings,
+            user_ids=self.user_ids,
+            keep=positive,
+            repeats=self.repeats,
+            user_min=self.min_user_events,
+            item_min=self.min_item_events,
+        )
+        # rows that the k-core drops are gone; rows that are only not positive were touched all the same
+        touched = known & ~positive
+        self.touched = (
+            build_histories(user_codes, items, times, ratings, user_ids=self.user_ids, keep=touched)
+            if touched.any()
+            else None
+        )
+        self.split = self._split()
+        self.train_counts = self.split.train_counts(self.histories, len(self.catalogue))
+        self.user_texts = self._user_texts(raw)
+        self.report = raw.report
+        if self.rating_range is None and ratings is not None and np.isfinite(ratings).any():
+            self.rating_range = (float(np.nanmin(ratings)), float(np.nanmax(ratings)))
+        self._describe()
+
+    def _split(self) -> Split:
+        if self.split_name == "leave_one_out":
+            return leave_one_out(self.histories, min_events=self.min_events)
+        return global_time(self.histories, self.validation_start, self.test_start)
+
+    def _user_texts(self, raw: RawData) -> UserTextMaker | None:
+        if self.user_template is None:
+            return None
+        reviews = raw.interactions["review"][:] if "review" in raw.interactions.column_names else None
+        return UserTextMaker(
+            self.user_template,
+            histories=self.histories,
+            catalogue=self.catalogue,
+            users=raw.users,
+            reviews=reviews,
+            limit=self.user_titles,
+            cleaning=self.cleaning,
+        )
+
+    def _describe(self) -> None:
+        lines = [str(self.report).rstrip(), f"Catalogue: {len(self.catalogue) - 1:,} items."]
+        parts = {name: count for name, count in self.histories.report.items() if count}
+        lines.append("Interactions: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in parts.items()) + ".")
+        lines.append(self.protocol)
+        lines.append("Split: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.split.counts.items()) + ".")
+        missed = self.evaluation_dataset("test").filtered_targets()
+        if missed:
+            lines.append(
+                f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: first, "
+                "or filter_seen: false, if they should be found."
+            )
+        rank_zero_info("\n".join(line for line in lines if line))
+
+    @property
+    def protocol(self) -> str:
+        """One sentence on how results are measured, stated beside each of them."""
+        seen = "seen items filtered" if self.filter_seen else "seen items kept"
+        return f"{self.split.description.rstrip('.')}; full ranking of {len(self.catalogue) - 1:,} items, {seen}."
+
+    @cached_property
+    def view(self) -> CatalogueView:
+        """What towers may know of the data."""
+        return self.catalogue.view(
+            counts=torch.from_numpy(self.train_counts),
+            n_users=len(self.user_ids),
+            users_digest=ids_hash(self.user_ids),
+            rating_range=self.rating_range,
+        )
+
+    # ------------------------------------------------------------------ loaders
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def _loader(self, dataset: Any, lengths: Int, shuffle: bool) -> ResumableLoader:
+        rank, world_size = self._place
+        sampler = LengthSampler(
+            lengths,
+            batch_size=self.batch_size if shuffle else self.eval_batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return ResumableLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_same,
+            # its own, so that making an iterator does not move the random numbers of training
+            generator=torch.Generator().manual_seed(self.seed),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataset(self) -> TrainDataset:
+        """The training samples; nothing of validation or test is in them."""
+        samples = training_samples(self.histories, self.split.train_end, self.max_history, self.windows)
+        if not len(samples):
+            raise ValueError(
+                "No user has two training events, so there is nothing to learn from. Check min_rating, min_user_events, "
+                f"the split ({self.split.description}) and whether the ids of the interactions are those of the items."
+            )
+        sampler = NegativeSampler(self.train_counts, self.negative_distribution) if self.candidates == "sampled" else None
+        return TrainDataset(
+            self.histories,
+            samples,
+            KnownItems.of(self.histories, self.split.train_end),
+            n_rows=len(self.catalogue),
+            candidates=self.candidates,
+            counts=self.train_counts,
+            sampler=sampler,
+            negatives=self.negatives,
+            per_user=self.negatives_per_user,
+            supervision=self.supervision,
+            user_texts=self.user_texts,
+        )
+
+    def evaluation_dataset(self, part: Literal["validation", "test"]) -> EvaluationDataset:
+        """Users with something to find in ``part``; the history is all that came before it."""
+        starts, ends = self.split.bounds(self.histories, part)
+        users = self.split.users(self.histories, part)
+        return EvaluationDataset(
+            self.histories,
+            users,
+            starts[users],
+            ends[users],
+            max_history=self.max_history,
+            filter_seen=self.filter_seen,
+            touched=self.touched,
+            user_texts=self.user_texts,
+        )
+
+    def prediction_dataset(self) -> EvaluationDataset:
+        """The users asked for, in order; the history is all that is known of them."""
+        self.asked_users = self._asked()
+        rows = {user: row for row, user in enumerate(self.user_ids)}
+        users = np.array([rows.get(user, 0) for user in self.asked_users], dtype=np.int64)
+        return EvaluationDataset(
+            self.histories,
+            users,
+            self.histories.indptr[users + 1],
+            None,
+            max_history=self.max_history,
+            filter_seen=self.filter_seen,
+            touched=self.touched,
+            user_texts=self.user_texts,
+        )
+
+    def _asked(self) -> list[str]:
+        if self.predict_users is None:
+            return list(self.user_ids[1:])
+        if isinstance(self.predict_users, str):
+            try:
+                text = Path(self.predict_users).read_text(encoding="utf-8-sig")
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"data.predict_users names the file {self.predict_users}, which does not exist. It should hold one "
+                    "user id a line."
+                ) from None
+            return [line for line in text.split("\n") if line.strip()]
+        return [str(user) for user in self.predict_users]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of training samples of similar length."""
+        dataset = self.train_dataset()
+        return self._loader(dataset, dataset.samples.lengths, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Every user with a validation target, once."""
+        dataset = self.evaluation_dataset("validation")
+        return self._loader(dataset, dataset.lengths, shuffle=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Every user with a test target, once."""
+        dataset = self.evaluation_dataset("test")
+        return self._loader(dataset, dataset.lengths, shuffle=False)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Every user asked for, once."""
+        dataset = self.prediction_dataset()
+        return self._loader(dataset, dataset.lengths, shuffle=False)
+
+
+def _column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:
+    """A numeric column, NaN where it is null; None when the table lacks it or it is null throughout."""
+    if name not in table.column_names:
+        return None
+    column = table.data.column(name) if table._indices is None else table.flatten_indices().data.column(name)
+    if column.null_count == len(column):
+        return None
+    return np.asarray(column.to_numpy(), dtype=dtype)

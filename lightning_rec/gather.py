@@ -1,0 +1,64 @@
+"""Training over several devices: candidates of all of them, and the mean over all their supervised steps."""
+
+from __future__ import annotations
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+
+def across_ranks(module: LightningModule, loss: Tensor, count: int) -> Tensor:
+    """Scales a mean over this device's steps so that the mean over devices is the mean over all steps.
+
+    Args:
+        module: gives the collective calls.
+        loss: mean over ``count`` steps.
+        count: supervised steps on this device.
+
+    Returns:
+        The scaled loss.
+    """
+    counts = module.all_gather(torch.tensor(float(count), device=loss.device))
+    return loss * (count * module.trainer.world_size / counts.sum().clamp(min=1.0))
+
+
+def gather_candidates(
+    module: LightningModule, candidates: Tensor, rows: Tensor, target: Tensor, log_q: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The distinct candidates of all devices, with gradients to the device that encoded each.
+
+    Args:
+        module: gives the collective calls.
+        candidates: ``(c,)`` vectors ``(c, d)`` of this device's candidates.
+        rows: ``(c,)`` their catalogue rows.
+        target: ``(p,)`` columns of ``candidates``.
+        log_q: ``(c,)`` log of the chance that each is a candidate on this device.
+        count: supervised steps on this device.
+
+    Returns:
+        Vectors ``(C, d)``, rows ``(C,)``, targets ``(p,)`` and log-q ``(C,)`` of the union. The chance to be in the
+        union is that of one device with the steps of all of them.
+    """
+    world = module.trainer.world_size
+    sizes = module.all_gather(torch.tensor([len(rows), count], device=rows.device)).view(world, 2)
+    width = int(sizes[:, 0].max())
+    vectors = candidates.new_zeros(width, candidates.shape[1])
+    vectors = torch.cat([candidates, vectors[len(candidates) :]])
+    all_vectors = module.all_gather(vectors, sync_grads=True).reshape(world * width, -1)
+    padded = rows.new_zeros(width)
+    padded[: len(rows)] = rows
+    all_rows = module.all_gather(padded).reshape(-1)
+    union, inverse = torch.unique(all_rows, return_inverse=True)
+    # each item stands in the union once, encoded by the first device that has it
+    places = torch.arange(len(all_rows), device=rows.device)
+    first = torch.full_like(union, len(all_rows)).scatter_reduce(0, inverse, places, "amin")
+    shift = int(union[0] == 0)  # padding sorts first
+    own = inverse.view(world, width)[module.trainer.global_rank, : len(rows)] - shift
+    union_log_q = None
+    if log_q is not None:
+        shares = sizes[:, 1].sum() / sizes[:, 1].clamp(min=1)
+        missed = log_q.new_zeros(width)
+        missed[: len(rows)] = torch.log1p(-log_q.exp().clamp(max=1 - 1e-7))
+        all_missed = (module.all_gather(missed).view(world, width) * shares[:, None]).reshape(-1)
+        union_log_q = torch.log(-torch.expm1(all_missed[first[shift:]]).clamp(max=-1e-30))
+    return all_vectors[first[shift:]], union[shift:], own[target], union_log_q

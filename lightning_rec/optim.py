@@ -1,0 +1,77 @@
+"""Parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+def parameter_groups(
+    module: nn.Module,
+    language: Iterable[nn.Parameter],
+    lr: float | None,
+    language_lr: float,
+    weight_decay: float | None,
+) -> list[dict[str, Any]]:
+    """Groups of trainable parameters: language model or not, with weight decay or not.
+
+    Biases, norms and other parameters of one dimension or none are not decayed (Loshchilov and Hutter, ICLR 2019, and
+    the practice since BERT).
+
+    Args:
+        module: the whole model.
+        language: parameters of pretrained language models, which get ``language_lr``.
+        lr: learning rate of all others; None leaves it to the optimizer's own setting.
+        language_lr: learning rate of the language models.
+        weight_decay: decay of matrices; None leaves it to the optimizer's own setting.
+
+    Returns:
+        Groups for a torch optimizer; empty groups are left out.
+    """
+    of_language = {id(parameter) for parameter in language}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in of_language, parameter.ndim > 1), []).append(parameter)
+    result = []
+    for (is_language, decayed), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        name = f"{'language' if is_language else 'towers'}{'' if decayed else '_no_decay'}"
+        group: dict[str, Any] = {"name": name, "params": parameters}
+        if is_language or lr is not None:
+            group["lr"] = language_lr if is_language else lr
+        if not decayed or weight_decay is not None:
+            group["weight_decay"] = weight_decay if decayed else 0.0
+        result.append(group)
+    return result
+
+
+def warm_up(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callable[[int], float]:
+    """The factor on the learning rate at each step: linear warm-up, then ``constant``, ``cosine`` or ``linear`` to 0.
+
+    Raises:
+        ValueError: when a decaying schedule does not know its end.
+    """
+    if schedule != "constant" and not math.isfinite(total_steps):
+        raise ValueError(f"schedule: {schedule} needs an end: set trainer.max_epochs or trainer.max_steps.")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+
+    return factor
+
+
+def scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
+    """The learning-rate scheduler of :func:`warm_up`."""
+    return LambdaLR(optimizer, warm_up(schedule, warmup_steps, total_steps))
