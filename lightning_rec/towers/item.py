@@ -74,7 +74,10 @@ class TextItemTower(ItemTower):
     """
 
     uses_ids = False
-    dim: int
+    vectors: Tensor | None
+    feature_mean: Tensor
+    feature_scale: Tensor
+    measured: Tensor
 
     def __init__(
         self,
@@ -239,6 +242,7 @@ class TextIdItemTower(TextItemTower):
     """
 
     uses_ids = True
+    warm: Tensor
 
     def __init__(
         self,

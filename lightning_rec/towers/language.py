@@ -216,7 +216,7 @@ class TextEncoder(nn.Module):
         config = copy.deepcopy(config)  # peft writes into it, and it belongs to the caller's hyperparameters
         config.task_type = config.task_type or "FEATURE_EXTRACTION"
         self._prompt_learning = config.is_prompt_learning
-        return peft.get_peft_model(model, config)  # type: ignore[arg-type]  # any nn.Module works for most methods
+        return peft.get_peft_model(model, config)
 
     @property
     def fingerprint(self) -> str:

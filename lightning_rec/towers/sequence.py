@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Activation = Literal["gelu", "relu", "silu"]
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class CausalBlock(nn.Module):
@@ -55,10 +57,10 @@ class CausalBlock(nn.Module):
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         rate = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
-        return F.dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), self.dropout, self.training)
+        return dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), self.dropout, self.training)
 
     def _feed(self, x: Tensor) -> Tensor:
-        return F.dropout(self.contract(self.activation(self.expand(x))), self.dropout, self.training)
+        return dropout(self.contract(self.activation(self.expand(x))), self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, t, d)`` to ``(b, t, d)``: step ``i`` depends on steps ``0 .. i``."""
@@ -67,3 +69,22 @@ class CausalBlock(nn.Module):
             return x + self._feed(self.feed_forward_norm(x))
         x = self.attention_norm(x + self._attend(x))
         return self.feed_forward_norm(x + self._feed(x))
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """``F.dropout``, several times faster on a CPU.
+
+    Torch draws one number of its generator for every element, which takes longer than the matrix products around it.
+    Here one 64-bit draw serves four elements, so that ``rate`` is rounded to a multiple of 1/65536. The draws come from
+    torch's global generator, as usual.
+    """
+    if not training or rate == 0.0:
+        return x
+    cut = round(rate * 65536)
+    if x.device.type != "cpu" or not 0 < cut < 65536:
+        return F.dropout(x, rate, True)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    shorts = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    keep = torch.empty(x.shape, dtype=x.dtype)
+    torch.ge(shorts, cut - 32768, out=keep)
+    return x * keep.mul_(65536 / (65536 - cut))

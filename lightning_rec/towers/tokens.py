@@ -57,7 +57,7 @@ class TokenTable:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], max_tokens: int, pad_id: int) -> TokenTable:
-    """Tokenises texts, each cut to ``max_tokens``, special tokens included. An empty text becomes at least one token."""
+    """Tokenises texts, each cut to ``max_tokens``, special tokens included. An empty text is a token too."""
     pieces: list[np.ndarray] = []
     lengths = np.zeros(len(texts) + 1, dtype=np.int64)
     for start in range(0, len(texts), _CHUNK):

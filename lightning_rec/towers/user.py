@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rec.data.batch import CatalogueView, UserBatch
 from lightning_rec.towers.base import ItemTower, UserTower
-from lightning_rec.towers.sequence import Activation, CausalBlock
+from lightning_rec.towers.sequence import Activation, CausalBlock, dropout
 
 
 def history_vectors(users: UserBatch, items: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class SequenceUserTower(UserTower):
             x = x * self.dim**0.5
         if self.positions_from != "none":
             x = x + self._positions(users)
-        x = F.dropout(self.first_norm(x), self.dropout, self.training)
+        x = dropout(self.first_norm(x), self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
         return _without_history_zero(users, self.last_norm(x))
@@ -184,7 +184,7 @@ class PooledUserTower(UserTower):
 
     def forward(self, users: UserBatch, items: Tensor) -> Tensor:
         """See :class:`SequenceUserTower`: ``(b, t, d)``, zero vectors for users without history."""
-        x = F.dropout(history_vectors(users, items), self.dropout, self.training)
+        x = dropout(history_vectors(users, items), self.dropout, self.training)
         t = x.shape[1]
         if self.pooling == "mean":
             steps = torch.arange(1, t + 1, device=x.device, dtype=x.dtype)
