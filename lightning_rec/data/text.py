@@ -79,12 +79,12 @@ def clean_control(text: str) -> str:
     Tab, line feed and carriage return are white space and stay; other control characters that act as white space
     (form feed, U+0085) become a space. Joiners that build emoji and Persian words stay.
     """
-    return _CONTROL.sub("", _SPACE_CONTROL.sub(" ", text))
+    return text if text.isprintable() else _CONTROL.sub("", _SPACE_CONTROL.sub(" ", text))
 
 
 def clean_surrogates(text: str) -> str:
     """Joins surrogate pairs to the character they stand for and removes lone surrogates, which no UTF-8 can hold."""
-    if text.isascii():
+    if text.isascii() or text.isprintable():
         return text
     text = _SURROGATE_PAIR.sub(
         lambda pair: chr(0x10000 + ((ord(pair[0][0]) - 0xD800) << 10) + ord(pair[0][1]) - 0xDC00), text
@@ -200,6 +200,23 @@ def cut_text(text: str, max_chars: int) -> str:
     return head.rstrip()
 
 
+def _remembering(cleaner: Cleaner) -> Cleaner:
+    """The same cleaner, which cleans a short text once: brands and categories come again and again."""
+    done: dict[str, str] = {}
+
+    def remembering(text: str) -> str:
+        if len(text) > 40:
+            return cleaner(text)
+        found = done.get(text)
+        if found is None:
+            found = cleaner(text)
+            if len(done) < 100_000:
+                done[text] = found
+        return found
+
+    return remembering
+
+
 class Template:
     """A text with placeholders, ``"{title}. {brand}. {categories}. {description}"``, that skips what is missing.
 
@@ -301,6 +318,7 @@ class Template:
 
     def render_columns(self, columns: Mapping[str, Sequence[Any]], cleaner: Cleaner | None = None) -> list[str]:
         """The texts of all rows of a table given as columns of equal length."""
+        cleaner = _remembering(cleaner) if cleaner is not None else None
         done = {name: [self.value(name, value, cleaner) for value in columns[name]] for name in self.fields}
         return [self.join(values) for values in zip(*(done[name] for name in self._slots), strict=True)]
 
@@ -326,8 +344,8 @@ class Template:
 
 def _fitting(text: str, separator: str) -> str:
     """The separator without a mark that the text before it has already."""
-    if separator and text:
-        doubled = separator[0] == text[-1] and not separator[0].isalnum() and separator[0] not in ")]}\"'"
+    if separator and text and not text[-1].isalnum():
+        doubled = separator[0] == text[-1] and separator[0] not in ")]}\"'"
         if doubled or (separator[0] == "." and _SENTENCE_END.search(text[-4:])):
             return separator[1:]
     return separator

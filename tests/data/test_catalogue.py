@@ -1,5 +1,3 @@
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -139,9 +137,8 @@ def test_digest_covers_content_order_and_borders_and_is_stable_across_processes(
 
     assert digest("ab", "c") == digest("ab", "c")
     assert len({digest("ab", "c"), digest("a", "bc"), digest("c", "ab"), digest("abc"), digest("ab", "c", "")}) == 5
-    code = "from lightning_rec.data.catalogue import Catalogue; print(Catalogue(['', 'a'], ['', 'é']).digest)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == Catalogue(["", "b"], ["", "é"]).digest
+    # written down in another process: str's own hash would differ in this one
+    assert digest("é") == "e3789686947939017cb41a8d38f337d973be0f97889eff0b34d981ae940609df"
     assert Catalogue(["", "b"], ["", "é"]).ids_digest != Catalogue(["", "a"], ["", "é"]).ids_digest
 
 
