@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 
 from lightning_rec.data.batch import CatalogueView
-from lightning_rec.data.text import DEFAULT_CLEANING, Template, did_you_mean, field_text, make_cleaner
+from lightning_rec.data.cleaning import DEFAULT_CLEANING, did_you_mean, make_cleaner
+from lightning_rec.data.text import Template, field_text
 
 _TITLE_FIELDS = ("title", "name")
 _EXAMPLES = 5
