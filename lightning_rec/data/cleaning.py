@@ -27,10 +27,15 @@ _ATTRIBUTE = (
 )
 _NAMES = "|".join(sorted(f"{_BLOCK_TAGS} {_INLINE_TAGS}".split(), key=len, reverse=True))
 _TAG = re.compile(
-    rf"<(?:!--.*?--|!doctype[^<>]*|/?({_NAMES})(?:{_ATTRIBUTE})*\s*/?)>",
+    rf"<(?:!doctype[^<>]*|/?({_NAMES})(?:{_ATTRIBUTE})*\s*/?)>",
     re.IGNORECASE | re.DOTALL,
 )
-_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_HIDDEN = re.compile(r"<!(--)|<(script|style)\b[^<>]*>", re.IGNORECASE)
+_HIDDEN_END = {
+    "--": re.compile("-->"),
+    "script": re.compile(r"</script\s*>", re.IGNORECASE),
+    "style": re.compile(r"</style\s*>", re.IGNORECASE),
+}
 # Only with its semicolon: "?a=1&copy=2" and "AT&T" are text.
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _SPACE_CONTROL = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
@@ -52,6 +57,27 @@ def _tag_to_text(match: re.Match[str]) -> str:
     return "" if name is not None and name.lower() in _INLINE else " "
 
 
+def _without_hidden(text: str) -> str:
+    """A space in place of each comment, script and style sheet that is closed.
+
+    One expression for all of it would search the whole rest of the text anew for each one that is never closed.
+    """
+    kept: list[str] = []
+    unclosed: set[str] = set()
+    end = 0
+    for match in _HIDDEN.finditer(text):
+        kind = (match[1] or match[2]).lower()
+        if match.start() < end or kind in unclosed:
+            continue
+        close = _HIDDEN_END[kind].search(text, match.end())
+        if close is None:
+            unclosed.add(kind)
+            continue
+        kept += text[end : match.start()], " "
+        end = close.end()
+    return "".join([*kept, text[end:]])
+
+
 def clean_html(text: str) -> str:
     """Removes HTML tags and comments, then decodes entities once.
 
@@ -61,9 +87,7 @@ def clean_html(text: str) -> str:
     it to be read. For the same reason ``&amp;lt;`` becomes ``&lt;`` and no more. An entity needs its semicolon.
     """
     if "<" in text:
-        if "</" in text:
-            text = _HIDDEN.sub(" ", text)
-        text = _TAG.sub(_tag_to_text, text)
+        text = _TAG.sub(_tag_to_text, _without_hidden(text))
     if "&" in text:
         text = _ENTITY.sub(lambda match: html.unescape(match.group()), text)
     return text

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from lightning_rec.data.cleaning import CLEANING_STEPS, DEFAULT_CLEANING, clean, make_cleaner, remembering
@@ -38,6 +40,8 @@ def test_ordinary_text_survives_the_default_cleaning(text):
         ("<A HREF='u'>link</A>", "link"),
         ("a<!-- hidden > text -->b", "a b"),
         ("<style>p {color: red}</style>text<script type='x'>if (a < b) {}</script>", "text"),
+        ("a<!--><script>-->b<!-- open", "a b<!-- open"),
+        ("a<STYLE>x</style >b<script>open", "a b open"),
         ("Tom &amp; Jerry &#39;s caf&eacute; &#x1F600;", "Tom & Jerry 's café 😀"),
         ("&lt;b&gt; makes bold", "<b> makes bold"),
         ("&amp;lt;", "&lt;"),
@@ -87,3 +91,13 @@ def test_remembering_changes_nothing():
     remembered = remembering(cleaner)
     for text in ("a &amp; b", "a &amp; b", "", "<p>" * 30, "plain"):
         assert remembered(text) == cleaner(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!--" * 20_000, "<a" + " " * 50_000, "<a" + " x=1" * 20_000, "<script>" * 10_000 + "</", "<a x='" * 20_000],
+)
+def test_hostile_markup_takes_linear_time(text):
+    start = time.process_time()
+    clean(text)
+    assert time.process_time() - start < 2
