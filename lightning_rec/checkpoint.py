@@ -8,10 +8,12 @@ a resumed run draws what an uninterrupted one would have drawn.
 from __future__ import annotations
 
 import difflib
-from collections.abc import MutableMapping
+import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import nn
 
 from lightning_rec.data.batch import CatalogueView
@@ -30,18 +32,26 @@ def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN
 
 
-def keep_plain(hparams: MutableMapping[str, Any]) -> None:
-    """Drops hyperparameters that are objects (towers given from Python), which a safe checkpoint cannot hold.
+def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
+    """Keeps the hyperparameters that are plain values; called from a constructor.
 
-    Those are given again to ``load_from_checkpoint``. From the command line every hyperparameter is plain.
+    Objects (towers given from Python) cannot lie in a safe checkpoint: they are given again to
+    ``load_from_checkpoint``. From the command line every hyperparameter is plain.
     """
-    for name in [name for name, value in hparams.items() if not _is_plain(value)]:
-        del hparams[name]
+    frame = inspect.currentframe()
+    with warnings.catch_warnings():
+        # Lightning advises to leave out modules, which is what happens next
+        warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
+        module.save_hyperparameters(logger=False, frame=None if frame is None else frame.f_back)
+    for name in [name for name, value in module.hparams.items() if not _is_plain(value)]:
+        del module.hparams[name]
 
 
 def written_names(module: nn.Module) -> set[str]:
     """Names of the parameters and buffers that a checkpoint holds: all but frozen parameters."""
-    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    frozen = {
+        name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
     return set(module.state_dict()) - frozen
 
 

@@ -44,12 +44,15 @@ class ConfigSaver(SaveConfigCallback):
         if self.already_saved:
             return
         if trainer.is_global_zero:
-            command = str(trainer.state.fn)
-            folder = Path(trainer.log_dir or trainer.default_root_dir) if command == "fit" else run_folder(trainer)
+            command = trainer.state.fn.value if trainer.state.fn else "run"
+            if command == "fit":
+                folder = Path(trainer.log_dir or trainer.default_root_dir)
+            else:
+                folder = run_folder(trainer, self.config.get("ckpt_path"))
             name = "config.yaml" if command == "fit" else f"{command}_config.yaml"
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(
-                self.config, str(folder / name), skip_none=False, overwrite=True, multifile=False, format="yaml"
+                self.config, str(folder / name), skip_unset=False, overwrite=True, multifile=False, format="yaml"
             )
         self.already_saved = trainer.strategy.broadcast(True)
 
@@ -95,7 +98,7 @@ class RecCLI(LightningCLI):
         if wanted is not None:
             path = resolve_checkpoint(str(wanted), config.trainer.default_root_dir)
             config["ckpt_path"] = str(path)
-            if self.subcommand == "fit" and config.checkpoint.dirpath is None and path.parent.name == "checkpoints":
+            if config.checkpoint.dirpath is None and path.parent.name == "checkpoints":
                 config.checkpoint["dirpath"] = str(path.parent)
         if self.subcommand != "fit" and config.trainer.logger is None:
             config.trainer["logger"] = False
@@ -105,7 +108,9 @@ class RecCLI(LightningCLI):
 def quiet_wandb() -> None:
     """Makes W&B log offline where there is no key, instead of asking for a login."""
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    )
     if not has_key:
         os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -165,7 +170,11 @@ def with_checkpoint_config(args: list[str], folder: Path) -> list[str]:
         args: the command line.
         folder: for a temporary file.
     """
-    if not args or args[0] not in COMMANDS or any(arg.split("=")[0] in ("-c", "--config", "--print_config") for arg in args):
+    if (
+        not args
+        or args[0] not in COMMANDS
+        or any(arg.split("=")[0] in ("-c", "--config", "--print_config") for arg in args)
+    ):
         return args
     path = _option(args, "ckpt_path")
     if path is None:

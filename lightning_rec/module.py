@@ -71,8 +71,7 @@ class TwoTower(LightningModule):
         chunk_size: int = 8192,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        saved.keep_plain(self.hparams)
+        saved.save_plain_hyperparameters(self)
         self.item_tower = item_tower
         self.user_tower = user_tower
         self.objective = objective if objective is not None else Softmax()
@@ -366,10 +365,6 @@ class TwoTower(LightningModule):
             scores[users, : found.shape[1]] = found_scores
             rows[users, : found.shape[1]] = found
         return {"index": batch.index, "rows": rows, "scores": scores, "fallback": ~known}
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves a batch."""
-        return batch.to(device, non_blocking=True)
 
     # ------------------------------------------------------------------ checkpoints
 

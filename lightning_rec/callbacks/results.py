@@ -15,10 +15,16 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run: that of the checkpoint in use, else that of the logger, else ``default_root_dir``."""
-    if trainer.ckpt_path is not None:
-        folder = Path(trainer.ckpt_path).resolve().parent
+def run_folder(trainer: Trainer, ckpt_path: str | None = None) -> Path:
+    """The folder of the run: that of the checkpoint in use, else that of the logger, else ``default_root_dir``.
+
+    Args:
+        trainer: the trainer of the run.
+        ckpt_path: the checkpoint, where the trainer has not been told it yet.
+    """
+    ckpt_path = ckpt_path or trainer.ckpt_path
+    if ckpt_path is not None:
+        folder = Path(ckpt_path).resolve().parent
         return folder.parent if folder.name == "checkpoints" else folder
     return Path(trainer.log_dir or trainer.default_root_dir)
 
@@ -82,7 +88,9 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the users of all devices in order and writes them."""
-        joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]} if self._parts else {}
+        joined = (
+            {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]} if self._parts else {}
+        )
         self._parts = []
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -124,7 +132,13 @@ def prediction_table(found: dict[str, torch.Tensor], users: Sequence[str], item_
     )
 
 
-_COLUMNS = {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32(), "source": pa.string()}
+_COLUMNS = {
+    "user_id": pa.string(),
+    "rank": pa.int32(),
+    "item_id": pa.string(),
+    "score": pa.float32(),
+    "source": pa.string(),
+}
 
 
 def write_table(table: pa.Table, path: Path, format: Literal["parquet", "jsonl"]) -> None:

@@ -32,7 +32,7 @@ from lightning_rec.data.collate import (
 from lightning_rec.data.loader import LengthSampler, ResumableLoader
 from lightning_rec.data.readers.base import RawData, Reader
 from lightning_rec.data.sampling import NegativeSampler
-from lightning_rec.data.split import Histories, Split, build_histories, global_time, leave_one_out
+from lightning_rec.data.split import Split, build_histories, global_time, leave_one_out
 from lightning_rec.data.text import DEFAULT_CLEANING
 from lightning_rec.data.user_text import UserTextMaker
 
@@ -130,8 +130,8 @@ class RecDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        for name in [key for key, value in self.hparams.items() if isinstance(value, Reader)]:
-            del self.hparams[name]  # only plain values go into checkpoints
+        if isinstance(self.hparams.get("reader"), Reader):
+            del self.hparams["reader"]  # given from Python: only plain values go into checkpoints
         if reader is None and path is None:
             raise ValueError("The data module needs to know its files: set data.reader, or data.path to a data set.")
         if candidates == "sampled" and negatives < 1:
@@ -176,7 +176,9 @@ class RecDataModule(LightningDataModule):
         Raises:
             ValueError: when it recognises none.
         """
-        raise ValueError(f"{type(self).__name__} recognises no data set at {path}: set data.reader instead of data.path.")
+        raise ValueError(
+            f"{type(self).__name__} recognises no data set at {path}: set data.reader instead of data.path."
+        )
 
     def read(self) -> RawData:
         """Reads the files into tables with the canonical columns."""
@@ -268,10 +270,9 @@ class RecDataModule(LightningDataModule):
 
     def _describe(self) -> None:
         lines = [str(self.report).rstrip(), f"Catalogue: {len(self.catalogue) - 1:,} items."]
-        parts = {name: count for name, count in self.histories.report.items() if count}
-        lines.append("Interactions: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in parts.items()) + ".")
+        lines.append("Histories: " + _counted(self.histories.report))
         lines.append(self.protocol)
-        lines.append("Split: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.split.counts.items()) + ".")
+        lines.append("Split: " + _counted(self.split.counts))
         missed = self.evaluation_dataset("test").filtered_targets()
         if missed:
             lines.append(
@@ -333,7 +334,9 @@ class RecDataModule(LightningDataModule):
                 "No user has two training events, so there is nothing to learn from. Check min_rating, min_user_events, "
                 f"the split ({self.split.description}) and whether the ids of the interactions are those of the items."
             )
-        sampler = NegativeSampler(self.train_counts, self.negative_distribution) if self.candidates == "sampled" else None
+        sampler = (
+            NegativeSampler(self.train_counts, self.negative_distribution) if self.candidates == "sampled" else None
+        )
         return TrainDataset(
             self.histories,
             samples,
@@ -412,6 +415,11 @@ class RecDataModule(LightningDataModule):
         """Every user asked for, once."""
         dataset = self.prediction_dataset()
         return self._loader(dataset, dataset.lengths, shuffle=False)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """Counts that are not 0, as one line."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) + "."
 
 
 def _column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:
