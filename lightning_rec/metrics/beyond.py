@@ -60,7 +60,8 @@ class BeyondAccuracy(RankingMetric):
         if self.exposures.numel() == 0:
             if result.n_items is None:
                 raise ValueError(
-                    "BeyondAccuracy needs the number of items: call `configure(n_rows)` or give `RankingResult.n_items`."
+                    "BeyondAccuracy needs the number of items. "
+                    "Call `configure(n_rows)` or give `RankingResult.n_items`."
                 )
             self.configure(result.n_items + 1, result.counts)
         elif self.counts is None and result.counts is not None:

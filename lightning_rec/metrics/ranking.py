@@ -181,7 +181,7 @@ class RankingMetrics(RankingMetric):
         counts, targets = result.counts, result.targets
         if counts is None:
             raise ValueError(
-                f"The slices {list(self.slices)} need the training interactions of each item, and they are unknown here. "
+                f"The slices {list(self.slices)} need the training interactions of each item, which are unknown here. "
                 "Evaluate with the data module of the run, or set `slices: []`."
             )
         # The thirds are worked out once for a counts vector, not once a batch.

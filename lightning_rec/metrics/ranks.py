@@ -136,9 +136,10 @@ def rank_and_top(
     """
     device, dtype = interest.device, torch.promote_types(interest.dtype, torch.float32)
     if device.type == "mps":  # it has no float64
-        table = items.items if isinstance(items, ScoreTable) else items
-        moved = [None if x is None else x.cpu() for x in (interest, table, targets, seen)]
-        return RanksAndTop(*(x.to(device) for x in rank_and_top(*moved, k, chunk_size=chunk_size)))  # type: ignore[arg-type]
+        vectors = items.items if isinstance(items, ScoreTable) else items
+        wanted, taken = (None if x is None else x.cpu() for x in (targets, seen))
+        result = rank_and_top(interest.cpu(), vectors.cpu(), wanted, taken, k, chunk_size=chunk_size)
+        return RanksAndTop(*(x.to(device) for x in result))
     with torch.autocast(device.type, enabled=False):
         table = items if isinstance(items, ScoreTable) else ScoreTable(items)
         users, n = exact_operand(interest), table.exact.shape[0]
@@ -149,10 +150,10 @@ def rank_and_top(
         finite = table.finite and bool(torch.isfinite(interest).all())
         chunk_size = max(1, min(chunk_size, n - 1))
         # The last column takes what a scatter must put somewhere without effect.
-        block = users.new_empty(len(users), chunk_size + 1)
+        block = users.new_empty(len(users) * (chunk_size + 1))
         for start in range(1, n, chunk_size):
             width = min(chunk_size, n - start)
-            scores = block[:, : width + 1]
+            scores = block[: len(users) * (width + 1)].view(len(users), width + 1)
             torch.mm(users, table.exact[start : start + width].t(), out=scores[:, :width])
             scores[:, width] = -torch.inf
             if seen is not None:
@@ -180,15 +181,17 @@ class _RankCounter:
         if seen is not None:
             self.possible &= ~_contains(seen, targets)
         self.not_beaten = torch.zeros_like(targets)
-        self.sorted, self.order = self.scores.sort(1) if m > _FEW_TARGETS else (self.scores, None)
+        self.sorted, self.order = self.scores.sort(1)
 
     def add(self, block: Tensor) -> None:
         """Counts the columns of ``block`` that are not below each target; taken-out items hold ``-inf``."""
         b, m = self.targets.shape
-        if self.order is None:
+        if m <= _FEW_TARGETS:
             for j in range(m):
                 # "Not below" rather than "at least", so that NaN counts.
-                self.not_beaten[:, j] += block.shape[1] - (block < self.scores[:, j : j + 1]).sum(1)
+                beaten = block < self.scores[:, j : j + 1]
+                # Summing bytes into int32 is about twice as fast on a CPU as summing booleans into int64.
+                self.not_beaten[:, j] += block.shape[1] - beaten.view(torch.uint8).sum(1, dtype=torch.int32)
             return
         # Bin i holds the scores that are not below exactly the i lowest targets; NaN sorts above them all.
         bins = torch.searchsorted(self.sorted, block, right=True)

@@ -88,8 +88,8 @@ def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
 def no_positions(interest: Tensor, candidates: Tensor) -> Tensor:
     """The loss of no positions: 0 with a graph, so that every parameter still gets its (zero) gradient."""
     interest, candidates = full_precision(interest, candidates)
-    # The sum of no elements is 0; the candidates are multiplied by 0, and a NaN in them must not become the loss.
-    return interest.sum() + (candidates * 0).nan_to_num(0.0, 0.0, 0.0).sum()
+    # A NaN or an infinity times 0 is NaN, and must not become the loss of nothing.
+    return sum(((x * 0).nan_to_num(0.0, 0.0, 0.0).sum() for x in (interest, candidates)), start=interest.new_zeros(()))
 
 
 def excluded_columns(target: Tensor, owner: Tensor | None, known: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Objectives that compare the target with one candidate at a time: BPR, and binary cross-entropy with its calibration."""
+"""Objectives that look at one candidate at a time: BPR, and binary cross-entropy with its calibration."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ class _Negatives(Objective):
         """
 
     def extra_repr(self) -> str:
+        """The options, for ``print(model)``."""
         return f"chunk_size={self.chunk_size}"
 
 
@@ -111,7 +112,8 @@ class BPR(_Negatives):
 
 
 class BCE(_Negatives):
-    """The target is a yes and each negative a no: ``-log sigmoid(positive) - sum of log(1 - sigmoid(negative))``.
+    """The target is a yes and each negative a no: the mean, over the target and the negatives, of
+    ``-log sigmoid(positive)`` and ``-log(1 - sigmoid(negative))``.
 
     With ``gbce_t`` above 0 it is the generalised BCE of gSASRec (Petrov and Macdonald, "gSASRec: reducing
     overconfidence in sequential recommendation trained with negative sampling", RecSys 2023): the probability of the
@@ -142,7 +144,7 @@ class BCE(_Negatives):
         """See the class."""
         n_negatives = negative.sum(1)
         losses = F.softplus(logits).masked_fill(~negative, 0).sum(1)
-        return losses + self._beta(n_negatives) * F.softplus(-positive[:, 0])
+        return (losses + self._beta(n_negatives) * F.softplus(-positive[:, 0])) / (1 + n_negatives)
 
     def _beta(self, n_negatives: Tensor) -> Tensor | float:
         if self.gbce_t == 0:
@@ -157,4 +159,5 @@ class BCE(_Negatives):
         return 1 - self.gbce_t * (1 - alpha)
 
     def extra_repr(self) -> str:
+        """The options, for ``print(model)``."""
         return f"gbce_t={self.gbce_t}, {super().extra_repr()}"

@@ -41,8 +41,8 @@ class RatingRegression(Objective):
         """
         if self.rating_range is None:
             raise ValueError(
-                "The range of the ratings is unknown: the data have no ratings, or `configure(rating_range=...)` was not "
-                "called. Map a rating column in the data module, or set `rating_range: [1, 5]` in the objective."
+                "The range of the ratings is unknown: the data have no ratings, or `configure(rating_range=...)` was "
+                "not called. Map a rating column in the data module, or set `rating_range: [1, 5]` in the objective."
             )
         low, high = self.rating_range
         (dot,) = full_precision(dot)
@@ -66,8 +66,8 @@ class RatingRegression(Objective):
         """
         if rating is None:
             raise ValueError(
-                "RatingRegression needs ratings, and the batch has none. Map a rating column in the data module, or choose "
-                "another objective."
+                "RatingRegression needs ratings, and the batch has none. Map a rating column in the data module, or "
+                "choose another objective."
             )
         with torch.autocast(interest.device.type, enabled=False):
             rated = ~torch.isnan(rating)
@@ -78,6 +78,7 @@ class RatingRegression(Objective):
             return (predicted - rating[rated].to(predicted.dtype)).square().mean()
 
     def extra_repr(self) -> str:
+        """The options, for ``print(model)``."""
         return f"rating_range={self.rating_range}"
 
 

@@ -86,6 +86,7 @@ class Softmax(Objective):
             )
 
     def extra_repr(self) -> str:
+        """The options, for ``print(model)``."""
         return (
             f"label_smoothing={self.label_smoothing}, correct_sampling={self.correct_sampling}, "
             f"exclude_known={self.exclude_known}, chunk_size={self.chunk_size}"
