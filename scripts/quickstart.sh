@@ -62,25 +62,19 @@ step "MovieLens-100K"
 folder=$("$python" scripts/fetch_movielens.py ${data[@]+"${data[@]}"} | tail -n 1)
 echo "$folder"
 
-model=(--config configs/video/ml100k.yaml --data.path "$folder" --trainer.default_root_dir "$run")
-popularity=(--config configs/video/ml100k_popularity.yaml --data.path "$folder" --trainer.default_root_dir "$baseline")
+data_options=(--data.path "$folder")
+# What follows a fit starts from the config that the run saved beside its checkpoint.
+fitted=(--ckpt_path best --trainer.default_root_dir "$run")
 
 step "Training: configs/video/ml100k.yaml"
-"$lightning_rec" fit "${model[@]}" "$@"
+"$lightning_rec" fit --config configs/video/ml100k.yaml "${data_options[@]}" --trainer.default_root_dir "$run" "$@"
 step "Testing the best checkpoint"
-"$lightning_rec" test "${model[@]}" --ckpt_path best
+"$lightning_rec" test "${fitted[@]}"
 step "The baseline: configs/video/ml100k_popularity.yaml"
-"$lightning_rec" test "${popularity[@]}"
+"$lightning_rec" test --config configs/video/ml100k_popularity.yaml "${data_options[@]}" \
+    --trainer.default_root_dir "$baseline"
 step "Recommending to every user"
-"$lightning_rec" predict "${model[@]}" --ckpt_path best
+"$lightning_rec" predict "${fitted[@]}"
 
 step "Result"
 "$python" scripts/quickstart_report.py --data "$folder" --run "$run" --baseline "$baseline"
-
-cat <<END
-
-Checkpoint:   $(find "$run" -name '*.ckpt' ! -name 'last*.ckpt' | sort | tail -n 1)
-Config:       $(find "$run" -name 'config.yaml' | sort | tail -n 1)
-Metrics:      $run/test_metrics.json
-Predictions:  $run/predictions.parquet
-END

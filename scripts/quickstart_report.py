@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what a run on MovieLens-100K came to: its test metrics beside a baseline's, and films for three users.
+"""Shows what a run on MovieLens-100K came to: test metrics beside a baseline's, films for three users, its files.
 
 Reads what the commands wrote (``test_metrics.json`` of ``lightning-rec test`` in both run folders and
 ``predictions.parquet`` of ``lightning-rec predict``) and the tables that ``scripts/fetch_movielens.py`` fetched.
@@ -39,6 +39,14 @@ def read_tables(folder: Path) -> tuple[list[Row], dict[str, Row]]:
 
     events = sorted(rows("ml-100k.inter"), key=lambda row: float(row["timestamp"]))
     return events, {row["item_id"]: row for row in rows("ml-100k.item")}
+
+
+def newest(folder: Path, name: str) -> Path:
+    """The newest file of that name below a folder: every fit has a folder of its own there."""
+    found = sorted(folder.rglob(name), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SystemExit(f"There is no {name} below {folder}: the command that writes it has not run.")
+    return found[-1]
 
 
 def metrics_table(ours: dict[str, Any], baseline: dict[str, Any]) -> str:
@@ -89,11 +97,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--baseline", type=Path, required=True, help="folder of the baseline's run")
     options = parser.parse_args(arguments)
-    metrics = [json.loads((run / "test_metrics.json").read_text()) for run in (options.run, options.baseline)]
-    predictions = pq.read_table(options.run / "predictions.parquet").to_pylist()
-    print("\nTest: each user's last film, ranked among all films that the user has not seen\n")
-    print(metrics_table(*metrics))
-    print(users_text(predictions, *read_tables(options.data)))
+    paths = [newest(run, "test_metrics.json") for run in (options.run, options.baseline)]
+    ours, baseline = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    predictions = newest(options.run, "predictions.parquet")
+    print(f"\n{ours['protocol']}\n")
+    print(metrics_table(ours["metrics"], baseline["metrics"]))
+    print(users_text(pq.read_table(predictions).to_pylist(), *read_tables(options.data)))
+    print(f"\nCheckpoint:   {ours['checkpoint']}")
+    print(f"Config:       {newest(options.run, 'config.yaml')}")
+    print(f"Metrics:      {paths[0]}")
+    print(f"Predictions:  {predictions}")
     return 0
 
 

@@ -24,18 +24,27 @@ def test_the_report_shows_metrics_and_films(tmp_path: Path) -> None:
         "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
         '11\tA "Film\t1990\tDrama\n12\tNénette\t1991\tWar\n13\tnull\t1992\tWar\n'
     )
-    (run / "test_metrics.json").write_text(json.dumps({"test/ndcg@10": 0.25, "test/loss": 1.0, "test/hr@5": 0.5}))
-    (baseline / "test_metrics.json").write_text(json.dumps({"test/hr@5": 0.125, "test/ndcg@10": 0.0625}))
+    fitted = run / "lightning_logs" / "version_0"
+    fitted.mkdir(parents=True)
+    (fitted / "config.yaml").touch()
+    about = {"protocol": "Leave-one-out, seen filtered.", "checkpoint": "best.ckpt"}
+    ours = {"metrics": {"test/ndcg@10": 0.25, "test/loss": 1.0, "test/hr@5": 0.5}, **about}
+    (fitted / "test_metrics.json").write_text(json.dumps(ours))
+    theirs = {"metrics": {"test/hr@5": 0.125, "test/ndcg@10": 0.0625}, **about, "checkpoint": ""}
+    (baseline / "test_metrics.json").write_text(json.dumps(theirs))
     rows = [("1", 2, "12", 0.5, "model"), ("1", 1, "13", 0.75, "model"), ("2", 1, "11", 3.0, "popularity")]
     columns = ("user_id", "rank", "item_id", "score", "source")
     table = pa.Table.from_pylist([dict(zip(columns, row, strict=True)) for row in rows])
-    pq.write_table(table, run / "predictions.parquet")
+    pq.write_table(table, fitted / "predictions.parquet")
 
     command = [sys.executable, str(SCRIPT), "--data", str(data), "--run", str(run), "--baseline", str(baseline)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     lines = done.stdout.splitlines()
     assert "test/ndcg@10     0.2500      0.0625" in lines
     assert "test/hr@5        0.5000      0.1250" in lines
+    assert "Leave-one-out, seen filtered." in lines
+    assert "Checkpoint:   best.ckpt" in lines
+    assert f"Predictions:  {fitted / 'predictions.parquet'}" in lines
     assert "loss" not in done.stdout
     first = lines.index("User 1 watched 2 films, the last of them:")
     assert lines[first + 1 : first + 6] == [
