@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 
 from lightning_rec.data.readers.columns import GUESSES, plain_name
-from lightning_rec.data.readers.sources import Source, read_lines
+from lightning_rec.data.readers.sources import Source, read_blocks
 from lightning_rec.data.table import ReadReport, Table, make_table, text_array
 
 #: From the columns of a file to the ones to keep: new name -> column.
@@ -18,11 +20,17 @@ Choose = Callable[[list[str]], dict[str, str]]
 
 DELIMITERS = ("::", "\t", ",", ";", "|")
 _FIELD_LIMIT = 1 << 27
+_LOOK_AT = 1 << 16
 
 
 class _Rows(NamedTuple):
     lines: Sequence[int]
     values: list[list[str]]
+
+
+class _Part(NamedTuple):
+    lines: Sequence[int]
+    columns: dict[str, pa.Array]
 
 
 def read_delimited(
@@ -53,42 +61,46 @@ def read_delimited(
     Raises:
         ValueError: the file is empty.
     """
-    blocks = read_lines(source, encoding, report)
+    blocks = read_blocks(source, encoding, report)
     first = next(blocks, None)
     if first is None:
         raise ValueError(f"{source} is empty.")
+    number, text = first
+    blank = len(text) - len(text.lstrip("\r\n"))
+    first = (number + text.count("\n", 0, blank), text[blank:])
+    if not first[1].strip():
+        raise ValueError(f"{source} is empty.")
+    top_lines = first[1][:_LOOK_AT].split("\n")
     if delimiter is None:
-        delimiter = find_delimiter(first[1], source.name)
+        delimiter = find_delimiter(top_lines, source.name)
     if quoted is None:
         quoted = delimiter not in ("\t", "::")
-    rows = _rows(source, _chain(first, blocks), delimiter, quoted, report)
+    parser = _Parser(source, delimiter, quoted, report)
 
-    chunks: dict[str, list[pa.Array]] = {}
+    parts: list[_Part] = []
+    columns = list(names or ())
     indices: dict[str, int] = {}
-    sizes: list[int] = []
-    numbers: list[np.ndarray] = []
-    columns: list[str] = list(names or ())
-    for lines, values in rows:
-        if not sizes and not numbers:  # the first block holds the header
-            if names is None:
-                top = values[0]
-                has_header = header if header is not None else _looks_like_header(top)
-                columns = [name.strip() for name in top] if has_header else [str(i) for i in range(len(top))]
-                if has_header:
-                    lines, values = lines[1:], values[1:]
-            indices = {field: columns.index(column) for field, column in choose(columns).items()}
-            chunks = {field: [] for field in indices}
-        lines, values = _of_width(source, lines, values, len(columns), delimiter, report)
-        numbers.append(np.asarray(lines, dtype=np.int64))
-        if not values:
+    for number, text in itertools.chain([first], blocks):
+        if indices:
+            parts += parser.parse(number, text, blocks, columns, indices)
             continue
-        sizes.append(len(values))
-        flat = list(zip(*values, strict=True))
-        for field, index in indices.items():
-            chunks[field].append(text_array(flat[index]))
-    if not numbers:
-        raise ValueError(f"{source} is empty.")
-    return make_table(chunks, sizes, np.concatenate(numbers), str(source), "line")
+        if names is None:  # the first block holds the header
+            rows = parser.rows(number, text, blocks) if '"' in top_lines[0] and quoted else None
+            top = rows.values[0] if rows is not None and rows.values else parser.split(text.partition("\n")[0])
+            has_header = header if header is not None else _looks_like_header(top)
+            columns = [name.strip() for name in top] if has_header else [str(index) for index in range(len(top))]
+            indices = {field: columns.index(column) for field, column in choose(columns).items()}
+            if rows is not None:
+                parts.append(parser.part(_Rows(rows.lines[has_header:], rows.values[has_header:]), columns, indices))
+                continue
+            if has_header:
+                number, (_, _, text) = number + 1, text.partition("\n")
+        else:
+            indices = {field: columns.index(column) for field, column in choose(columns).items()}
+        parts += parser.parse(number, text, blocks, columns, indices)
+    chunks = {field: [part.columns[field] for part in parts] for field in indices}
+    lines = np.concatenate([np.asarray(part.lines, dtype=np.int64) for part in parts])
+    return make_table(chunks, [len(part.lines) for part in parts], lines, str(source), "line")
 
 
 def find_delimiter(lines: Sequence[str], name: str) -> str:
@@ -123,51 +135,90 @@ def _looks_like_header(top: Sequence[str]) -> bool:
     return not any(cell.strip().replace(".", "", 1).isdigit() for cell in top)
 
 
-def _chain(first: tuple[int, list[str]], rest: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
-    yield first
-    yield from rest
+class _Parser:
+    """From a block of text to columns: by pyarrow where the block is plain, else row by row."""
 
+    def __init__(self, source: Source, delimiter: str, quoted: bool, report: ReadReport) -> None:
+        self.source = source
+        self.delimiter = delimiter
+        self.quoted = quoted
+        self.report = report
 
-def _of_width(
-    source: Source, lines: Sequence[int], values: list[list[str]], width: int, delimiter: str, report: ReadReport
-) -> _Rows:
-    if set(map(len, values)) <= {width}:
-        return _Rows(lines, values)
-    good: list[int] = []
-    for i, row in enumerate(values):
-        if len(row) == width:
-            good.append(i)
-        elif len(row) > 1 or (row and row[0].strip()):  # a blank line is no row
-            report.bad_row(
-                str(source), int(lines[i]), f"{len(row)} fields separated by {delimiter!r}, but {width} columns"
+    def parse(
+        self, number: int, text: str, blocks: Iterator[tuple[int, str]], columns: list[str], indices: dict[str, int]
+    ) -> list[_Part]:
+        """The columns of a block; no part where the block holds no row."""
+        if not text.strip():
+            return [_Part([], {field: pa.array([], pa.string()) for field in indices})]
+        plain = self._plain(number, text, len(columns), indices)
+        return [plain if plain is not None else self.part(self.rows(number, text, blocks), columns, indices)]
+
+    def _plain(self, number: int, text: str, width: int, indices: dict[str, int]) -> _Part | None:
+        """The columns of a block without quotes and carriage returns; None where a row does not fit."""
+        delimiter = self.delimiter
+        if "\r" in text or (self.quoted and '"' in text):
+            return None
+        if len(delimiter) > 1:
+            if "\x1f" in text:
+                return None
+            text, delimiter = text.replace(delimiter, "\x1f"), "\x1f"
+        names = [str(index) for index in range(width)]
+        try:
+            table = pa_csv.read_csv(
+                pa.py_buffer(text.encode()),
+                pa_csv.ReadOptions(use_threads=False, block_size=1 << 30, column_names=names),
+                pa_csv.ParseOptions(delimiter=delimiter, quote_char=False, ignore_empty_lines=False),
+                pa_csv.ConvertOptions(
+                    check_utf8=False,
+                    column_types=dict.fromkeys(names, pa.string()),
+                    strings_can_be_null=False,
+                    include_columns=list(dict.fromkeys(str(index) for index in indices.values())),
+                ),
             )
-    return _Rows([lines[i] for i in good], [values[i] for i in good])
+        except pa.ArrowInvalid:
+            return None
+        if table.num_rows != text.count("\n") + 1 or width == 1:
+            return None
+        columns = {field: table[str(index)].combine_chunks() for field, index in indices.items()}
+        return _Part(range(number, number + table.num_rows), columns)
 
+    def part(self, rows: _Rows, columns: list[str], indices: dict[str, int]) -> _Part:
+        """Columns from rows; a row of another width than the header is a bad row."""
+        width = len(columns)
+        lines, values = rows
+        if not set(map(len, values)) <= {width}:
+            good: list[int] = []
+            for i, row in enumerate(values):
+                if len(row) == width:
+                    good.append(i)
+                elif len(row) > 1 or (row and row[0].strip()):  # a blank line is no row
+                    reason = f"{len(row)} fields separated by {self.delimiter!r}, but {width} columns"
+                    self.report.bad_row(str(self.source), int(lines[i]), reason)
+            lines, values = [lines[i] for i in good], [values[i] for i in good]
+        flat = list(zip(*values, strict=True)) if values else [()] * width
+        return _Part(lines, {field: text_array(flat[index]) for field, index in indices.items()})
 
-def _rows(
-    source: Source, blocks: Iterator[tuple[int, list[str]]], delimiter: str, quoted: bool, report: ReadReport
-) -> Iterator[_Rows]:
-    for number, lines in blocks:
-        numbers: Sequence[int] = range(number, number + len(lines))
-        if quoted and any('"' in line for line in lines):
-            yield _quoted_rows(source, list(numbers), lines, blocks, delimiter, report)
-        else:
-            yield _Rows(numbers, [_cut(line).split(delimiter) for line in lines])
+    def rows(self, number: int, text: str, blocks: Iterator[tuple[int, str]]) -> _Rows:
+        """The rows of a block; a quoted field that runs on takes in the next blocks."""
+        lines = text.split("\n")
+        numbers = range(number, number + len(lines))
+        if self.quoted and '"' in text:
+            return _quoted_rows(self.source, list(numbers), lines, blocks, self.delimiter, self.report)
+        return _Rows(numbers, [self.split(line) for line in lines])
 
-
-def _cut(line: str) -> str:
-    return line[:-1] if line.endswith("\r") else line
+    def split(self, line: str) -> list[str]:
+        """The fields of a line without quotes."""
+        return line.removesuffix("\r").split(self.delimiter)
 
 
 def _quoted_rows(
     source: Source,
     numbers: list[int],
     lines: list[str],
-    blocks: Iterator[tuple[int, list[str]]],
+    blocks: Iterator[tuple[int, str]],
     delimiter: str,
     report: ReadReport,
 ) -> _Rows:
-    """The rows of a block in which fields may be quoted; a row that runs on takes in the next blocks."""
     csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
     found = _Rows([], [])
     starts: list[int] = []
@@ -180,8 +231,9 @@ def _quoted_rows(
                 more = next(blocks, None)
                 if more is None:
                     return
-                numbers.extend(range(more[0], more[0] + len(more[1])))
-                lines.extend(more[1])
+                fresh = more[1].split("\n")
+                numbers.extend(range(more[0], more[0] + len(fresh)))
+                lines.extend(fresh)
             position += 1
             yield lines[position - 1] + "\n"
 
@@ -189,7 +241,7 @@ def _quoted_rows(
         start = position
         if '"' not in lines[start]:
             position += 1
-            found.values.append(_cut(lines[start]).split(delimiter))
+            found.values.append(lines[start].removesuffix("\r").split(delimiter))
             starts.append(numbers[start])
             continue
         try:

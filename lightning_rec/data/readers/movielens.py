@@ -195,10 +195,11 @@ def clean_title(text: str) -> tuple[str, str]:
 
 
 def _article_first(text: str) -> str:
-    parts = re.fullmatch(rf"(.*), ({_ARTICLES})", text)
+    parts = re.fullmatch(rf"(.*?), ({_ARTICLES})(: .*)?", text)  # also "Crow, The: Wicked Prayer"
     if not parts:
         return text
-    return f"{parts[2]}{'' if parts[2].endswith(chr(39)) else ' '}{parts[1]}"
+    glue = "" if parts[2].endswith("'") else " "
+    return f"{parts[2]}{glue}{parts[1]}{parts[3] or ''}"
 
 
 def _films(source: Source, report: ReadReport) -> Table:

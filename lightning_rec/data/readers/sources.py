@@ -184,7 +184,13 @@ def read_head(source: Source, size: int = 1 << 16) -> bytes:
 
 
 def read_lines(source: Source, encoding: str, report: ReadReport) -> Iterator[tuple[int, list[str]]]:
-    """Blocks of decoded lines: the number of the first line, and the lines without their line feed.
+    """Like ``read_blocks``, with each block split into its lines."""
+    for number, text in read_blocks(source, encoding, report):
+        yield number, text.split("\n")
+
+
+def read_blocks(source: Source, encoding: str, report: ReadReport) -> Iterator[tuple[int, str]]:
+    """Decoded text in blocks of whole lines: the number of the first line, and the text without its last line feed.
 
     Lines end at a line feed only; a carriage return stays where it is. A UTF-8 byte order mark is removed.
 
@@ -211,7 +217,7 @@ def read_lines(source: Source, encoding: str, report: ReadReport) -> Iterator[tu
 
 def _decoded(
     source: Source, data: bytes, number: int, offset: int, encoding: str, report: ReadReport
-) -> Iterator[tuple[int, list[str]]]:
+) -> Iterator[tuple[int, str]]:
     skip_mark = 3 if offset == 0 and data.startswith(codecs.BOM_UTF8) and codecs.lookup(encoding).name == "utf-8" else 0
     try:
         text = data[skip_mark:].decode(encoding)
@@ -229,18 +235,14 @@ def _decoded(
                 place = position + bad.start
                 _bad_byte(source, number, line[bad.start], place, encoding, report)
                 if good:
-                    yield first, good
+                    yield first, "\n".join(good)
                 good, first = [], number + 1
             number += 1
             position += len(line) + 1
         if good:
-            yield first, good
+            yield first, "\n".join(good)
         return
-    lines_of_text = text.removeprefix("\ufeff").split("\n") if offset == 0 else text.split("\n")
-    if not lines_of_text[-1]:
-        lines_of_text.pop()
-    if lines_of_text:
-        yield number, lines_of_text
+    yield number, (text.removeprefix("\ufeff") if offset == 0 else text).removesuffix("\n")
 
 
 def _bad_byte(source: Source, line: int, byte: int, place: int, encoding: str, report: ReadReport) -> None:
