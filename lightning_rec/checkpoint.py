@@ -111,9 +111,9 @@ def _other_catalogue(module: TwoTower, sizes: dict[str, Any], view: CatalogueVie
         return False
     if module.user_tower.uses_ids and view.users_digest != sizes["users_digest"]:
         raise RuntimeError(
-            f"The checkpoint knows {sizes['n_users'] - 1:,} users, but the data has {view.n_users - 1:,} users or other "
-            "ids or another order of them. A user tower with a vector for each user fits its own users only: use the "
-            "data it was fitted on, or a user tower that reads histories."
+            f"The checkpoint knows {sizes['n_users'] - 1:,} users, but the data has {view.n_users - 1:,} users or "
+            "other ids or another order of them. A user tower with a vector for each user fits its own users only: "
+            "use the data it was fitted on, or a user tower that reads histories."
         )
     if view.n_rows == sizes["n_rows"] and view.ids_digest == sizes["ids_digest"]:
         return False

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from lightning import LightningModule
 from torch import Tensor
+
+
+def _all(module: LightningModule, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+    """``(world, ...)`` the tensors of all devices."""
+    return cast(Tensor, module.all_gather(tensor, sync_grads=sync_grads))
 
 
 def across_ranks(module: LightningModule, loss: Tensor, count: int) -> Tensor:
@@ -18,7 +25,7 @@ def across_ranks(module: LightningModule, loss: Tensor, count: int) -> Tensor:
     Returns:
         The scaled loss.
     """
-    counts = module.all_gather(torch.tensor(float(count), device=loss.device))
+    counts = _all(module, torch.tensor(float(count), device=loss.device))
     return loss * (count * module.trainer.world_size / counts.sum().clamp(min=1.0))
 
 
@@ -40,14 +47,14 @@ def gather_candidates(
         union is that of one device with the steps of all of them.
     """
     world = module.trainer.world_size
-    sizes = module.all_gather(torch.tensor([len(rows), count], device=rows.device)).view(world, 2)
+    sizes = _all(module, torch.tensor([len(rows), count], device=rows.device)).view(world, 2)
     width = int(sizes[:, 0].max())
     vectors = candidates.new_zeros(width, candidates.shape[1])
     vectors = torch.cat([candidates, vectors[len(candidates) :]])
-    all_vectors = module.all_gather(vectors, sync_grads=True).reshape(world * width, -1)
+    all_vectors = _all(module, vectors, sync_grads=True).reshape(world * width, -1)
     padded = rows.new_zeros(width)
     padded[: len(rows)] = rows
-    all_rows = module.all_gather(padded).reshape(-1)
+    all_rows = _all(module, padded).reshape(-1)
     union, inverse = torch.unique(all_rows, return_inverse=True)
     # each item stands in the union once, encoded by the first device that has it
     places = torch.arange(len(all_rows), device=rows.device)
@@ -59,6 +66,6 @@ def gather_candidates(
         shares = sizes[:, 1].sum() / sizes[:, 1].clamp(min=1)
         missed = log_q.new_zeros(width)
         missed[: len(rows)] = torch.log1p(-log_q.exp().clamp(max=1 - 1e-7))
-        all_missed = (module.all_gather(missed).view(world, width) * shares[:, None]).reshape(-1)
+        all_missed = (_all(module, missed).view(world, width) * shares[:, None]).reshape(-1)
         union_log_q = torch.log(-torch.expm1(all_missed[first[shift:]]).clamp(max=-1e-30))
     return all_vectors[first[shift:]], union[shift:], own[target], union_log_q

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -52,6 +52,8 @@ class TwoTower(LightningModule):
         TwoTower(IdItemTower(dim=64), SequenceUserTower(blocks=2), lr=1e-3)
     """
 
+    train_counts: Tensor
+
     def __init__(
         self,
         item_tower: ItemTower,
@@ -77,9 +79,9 @@ class TwoTower(LightningModule):
         self.objective = objective if objective is not None else Softmax()
         self.score = score if score is not None else Dot()
         chosen = [RankingMetrics(ks=(5, 10, 20, 50)), BeyondAccuracy(k=10)] if metrics is None else metrics
-        stages: tuple[Stage, ...] = ("val", "test")
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": nn.ModuleList(deepcopy(chosen)) for stage in stages})
-        self.ratings = nn.ModuleDict({f"{stage}_ratings": RatingMetrics() for stage in stages})
+        # modules of this module, so that their sums lie on its device
+        self.val_metrics, self.test_metrics = nn.ModuleList(deepcopy(chosen)), nn.ModuleList(deepcopy(chosen))
+        self.val_ratings, self.test_ratings = RatingMetrics(), RatingMetrics()
         self.lr = lr
         self.language_lr = language_lr
         self.weight_decay = weight_decay
@@ -173,7 +175,8 @@ class TwoTower(LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective on a training batch: the mean over supervised steps, on all devices together."""
-        assert batch.items is not None and batch.targets is not None
+        assert batch.items is not None
+        assert batch.targets is not None
         interest, items = self(batch)
         targets = batch.targets
         if interest.shape[1] == 1 and targets.shape[1] > 1:
@@ -216,8 +219,9 @@ class TwoTower(LightningModule):
         loss = self.loss(batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}). "
-                "Lower lr or language_lr, set trainer.gradient_clip_val, or use trainer.precision: 32-true or bf16-mixed."
+                f"The loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch "
+                f"{batch_idx}). Lower lr or language_lr, set trainer.gradient_clip_val, or set trainer.precision to "
+                "32-true or bf16-mixed."
             )
         self._losses.append(loss.detach())
         return loss
@@ -239,7 +243,7 @@ class TwoTower(LightningModule):
         if not groups:
             return None
         if self.optimizer is not None:
-            optimizer = self.optimizer(groups)  # type: ignore[arg-type]  # groups are as good as parameters in torch
+            optimizer = self.optimizer(groups)
         else:
             fused = self.device.type == "cpu"  # half the time of a step of the default on a CPU
             optimizer = AdamW(groups, lr=self.lr, fused=fused)
@@ -294,7 +298,7 @@ class TwoTower(LightningModule):
         if self.objective.needs_rating and batch.ratings is not None:
             owner, step = (batch.targets > 0).nonzero(as_tuple=True)
             dot = (interest[owner] * catalogue.items[batch.targets[owner, step]]).sum(-1)
-            self.ratings[f"{stage}_ratings"].update(self.objective.predict(dot), batch.ratings[owner, step].float())
+            self._ratings(stage).update(self.objective.predict(dot), batch.ratings[owner, step].float())
 
     def _answer_paths(
         self, interest: Tensor, catalogue: ScoreTable, known: Tensor
@@ -320,13 +324,16 @@ class TwoTower(LightningModule):
         self._evaluate(batch, "test")
 
     def _metrics(self, stage: Stage) -> list[RankingMetric]:
-        return list(self.metrics[f"{stage}_metrics"])  # type: ignore[arg-type]  # a ModuleList of metrics
+        return cast(list[RankingMetric], list(self.val_metrics if stage == "val" else self.test_metrics))
+
+    def _ratings(self, stage: Stage) -> RatingMetrics:
+        return self.val_ratings if stage == "val" else self.test_ratings
 
     def _log_metrics(self, stage: Stage) -> None:
         found: dict[str, Any] = {}
         modules: list[Any] = self._metrics(stage)
         if self.objective.needs_rating:
-            modules.append(self.ratings[f"{stage}_ratings"])
+            modules.append(self._ratings(stage))
         for metric in modules:
             value = metric.compute()  # sums of all devices, so each value is the same everywhere
             found |= value if isinstance(value, dict) else {type(metric).__name__.lower(): value}
@@ -351,8 +358,8 @@ class TwoTower(LightningModule):
         """Recommends ``top_k`` items.
 
         Returns:
-            ``index`` ``(b,)`` number of each user in the order asked for, ``rows`` ``(b, k)`` catalogue rows (0 where the
-            user has nothing left), ``scores`` ``(b, k)``, and ``fallback`` ``(b,)`` True where popularity answered.
+            ``index`` ``(b,)`` number of each user in the order asked for, ``rows`` ``(b, k)`` catalogue rows (0 where
+            the user has nothing left), ``scores`` ``(b, k)``, ``fallback`` ``(b,)`` True where popularity answered.
         """
         assert batch.index is not None
         interest, catalogue, known = self.interests(batch)

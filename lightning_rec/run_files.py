@@ -40,7 +40,9 @@ def resolve_checkpoint(wanted: str, root: str | None) -> Path:
             best = found[-1].with_name(Path(state["best_model_path"]).name)
             if best.is_file():
                 return best
-    raise FileNotFoundError(f"{found[-1]} names no best checkpoint that still exists. Use ckpt_path: last, or give a file.")
+    raise FileNotFoundError(
+        f"{found[-1]} names no best checkpoint that still exists. Use ckpt_path: last, or give a file."
+    )
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def run_folder(trainer: Trainer, ckpt_path: str | None = None) -> Path:
         trainer: the trainer of the run.
         ckpt_path: the checkpoint, where the trainer has not been told it yet.
     """
-    ckpt_path = ckpt_path or trainer.ckpt_path
-    if ckpt_path is not None:
-        folder = Path(ckpt_path).resolve().parent
+    path = ckpt_path or trainer.ckpt_path
+    if path is not None:
+        folder = Path(path).resolve().parent
         return folder.parent if folder.name == "checkpoints" else folder
     return Path(trainer.log_dir or trainer.default_root_dir)
 
@@ -57,8 +57,8 @@ class ResultWriter(Callback):
 class PredictionWriter(Callback):
     """Writes what ``predict`` recommends: one group of rows for every user asked for, in order, with raw ids.
 
-    Columns: ``user_id``, ``rank`` (from 1), ``item_id``, ``score``, ``source`` (``towers``, or ``popularity`` for a user
-    that the towers know nothing of). A user who has touched everything has no rows.
+    Columns: ``user_id``, ``rank`` (from 1), ``item_id``, ``score``, ``source`` (``towers``, or ``popularity`` for a
+    user that the towers know nothing of). A user who has touched everything has no rows.
 
     Args:
         path: the file; None writes ``predictions.parquet`` or ``predictions.jsonl`` into the run's folder.
@@ -105,11 +105,15 @@ class PredictionWriter(Callback):
             rank_zero_info(f"{len(data.asked_users):,} users: {table.num_rows:,} recommendations written to {path}.")
 
 
+def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
 def prediction_table(found: dict[str, torch.Tensor], users: Sequence[str], item_ids: Sequence[str]) -> pa.Table:
     """Predictions as a table with raw ids.
 
     Args:
-        found: ``index`` ``(n,)``, ``rows`` ``(n, k)``, ``scores`` ``(n, k)``, ``fallback`` ``(n,)`` in any order of users.
+        found: ``index`` ``(n,)``, ``rows`` ``(n, k)``, ``scores`` ``(n, k)``, ``fallback`` ``(n,)``, in any order.
         users: the users asked for.
         item_ids: raw id of each catalogue row.
     """

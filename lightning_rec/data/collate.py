@@ -265,10 +265,10 @@ class TrainDataset(Dataset[Batch]):
         """Distinct negatives that are not targets of the step, and the number of draws that were made."""
         assert self.sampler is not None
         if self.per_user:
-            drawn = [self.sampler.sample(rng, self.known[int(user)], self.negatives) for user in users]
-            number = self.negatives * len(users)
-            rows = np.unique(np.concatenate(drawn)) if drawn else np.zeros(0, dtype=np.int64)
-            return np.setdiff1d(rows, candidates, assume_unique=True), number
+            drawn = self.sampler.sample_batch(rng, [self.known[int(user)] for user in users], self.negatives)
+            # a user who knows everything draws padding
+            rows = np.setdiff1d(drawn, np.append(candidates, 0))
+            return rows, self.negatives * len(users)
         return np.unique(self.sampler.sample(rng, candidates, self.negatives)), self.negatives
 
 

@@ -18,7 +18,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from lightning_rec.data.batch import Batch, CatalogueView
+from lightning_rec.data.batch import CatalogueView
 from lightning_rec.data.catalogue import Catalogue, encode_ids, ids_hash
 from lightning_rec.data.collate import (
     CandidateMode,
@@ -39,7 +39,7 @@ from lightning_rec.data.user_text import UserTextMaker
 log = logging.getLogger(__name__)
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch
 
 
@@ -72,12 +72,12 @@ class RecDataModule(LightningDataModule):
         validation_start: global time: a share of all events (0.8), a time in seconds or an ISO date.
         test_start: global time: likewise.
         max_history: longest history that the towers read, in events; the newest are kept.
-        windows: ``newest``: train on the newest ``max_history`` events of each user; ``all``: cut longer histories into
-            windows, so that every event is trained on.
-        supervision: ``every`` step of a history is a training target; ``random``: the end of one random prefix a user and
-            epoch, for user towers that give one vector a history; ``last``: the newest event only.
-        candidates: what a target competes with in training: the whole ``catalogue``, the other targets of the ``batch``,
-            or these and ``sampled`` negatives.
+        windows: ``newest``: train on the newest ``max_history`` events of each user; ``all``: cut longer histories
+            into windows, so that every event is trained on.
+        supervision: ``every`` step of a history is a training target; ``random``: the end of one random prefix a user
+            and epoch, for user towers that give one vector a history; ``last``: the newest event only.
+        candidates: what a target competes with in training: the whole ``catalogue``, the other targets of the
+            ``batch``, or these and ``sampled`` negatives.
         negatives: number of sampled negatives a step (or a user).
         negative_distribution: ``uniform``, or ``popularity``: in proportion to training counts.
         negatives_per_user: draw ``negatives`` for each user from what that user has not touched. Otherwise they are
@@ -276,8 +276,8 @@ class RecDataModule(LightningDataModule):
         missed = self.evaluation_dataset("test").filtered_targets()
         if missed:
             lines.append(
-                f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: first, "
-                "or filter_seen: false, if they should be found."
+                f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: "
+                "first, or filter_seen: false, if they should be found."
             )
         rank_zero_info("\n".join(line for line in lines if line))
 
@@ -331,8 +331,9 @@ class RecDataModule(LightningDataModule):
         samples = training_samples(self.histories, self.split.train_end, self.max_history, self.windows)
         if not len(samples):
             raise ValueError(
-                "No user has two training events, so there is nothing to learn from. Check min_rating, min_user_events, "
-                f"the split ({self.split.description}) and whether the ids of the interactions are those of the items."
+                "No user has two training events, so there is nothing to learn from. Check min_rating, "
+                f"min_user_events, the split ({self.split.description}) and whether the ids of the interactions are "
+                "those of the items."
             )
         sampler = (
             NegativeSampler(self.train_counts, self.negative_distribution) if self.candidates == "sampled" else None

@@ -14,7 +14,8 @@ class NewsDataModule(RecDataModule):
 
     - Fields: ``title``, ``abstract``, ``category``, ``body``.
     - Positive rule: a click or a read.
-    - ``path`` recognises a folder with one ``interactions.*`` or ``clicks.*`` and one ``articles.*`` or ``news.*`` file.
+    - ``path`` recognises a folder with one ``interactions.*`` or ``clicks.*`` file and one ``articles.*`` or
+      ``news.*`` file.
     """
 
     default_template: ClassVar[str | None] = "{title}. {category}. {abstract}. {body}"

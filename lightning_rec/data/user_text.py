@@ -70,7 +70,7 @@ class UserTextMaker:
             if self.reviews is not None:
                 reviews = [self.reviews[event] for event in self.histories.event[start:end].tolist()]
             profile = self.profiles.get(self.histories.user_ids[user], {})
-            texts.append(user_text(profile, [text for text in reviews if text], titles, self.template, self.limit))
+            texts.append(user_text(profile, [text for text in reviews if text], titles, self.template, self.limit, self.limit))
         return texts
 
 

@@ -50,6 +50,10 @@ class Objective(nn.Module, ABC):
             rating_range: lowest and highest rating of the data, or None when the data have no ratings.
         """
 
+    def predict(self, dot: Tensor) -> Tensor:
+        """The rating that a dot product stands for; an objective that ``needs_rating`` overrides it."""
+        return dot
+
     @abstractmethod
     def forward(
         self,
