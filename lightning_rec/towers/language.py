@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +119,8 @@ class TextEncoder(nn.Module):
         tune: ``frozen``, ``full`` or ``adapter``; None: ``adapter`` with ``peft``, else ``frozen``.
         peft: the config of an adapter.
         gradient_checkpointing: recompute activations in the backward pass: a third more time, far less memory.
-        token_budget: most tokens of one pass through the model, padding included.
+        token_budget: most tokens of one pass through the model, padding included; None: 2,048 on a CPU, whose caches
+            then hold what a layer makes, 16,384 elsewhere.
         cache_dir: folder of the disk cache; None: the environment's ``LIGHTNING_REC_CACHE``, else
             ``~/.cache/lightning_rec``.
         dtype: precision of a frozen model's weights: ``float32``, ``bfloat16`` or ``float16``.
@@ -134,7 +136,7 @@ class TextEncoder(nn.Module):
         tune: Tune | None = None,
         peft: peft.PeftConfig | None = None,
         gradient_checkpointing: bool = False,
-        token_budget: int = 4096,
+        token_budget: int | None = None,
         cache_dir: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
@@ -185,6 +187,7 @@ class TextEncoder(nn.Module):
                 return int(candidate)
         return 0
 
+    @torch.inference_mode(False)
     def _load(self) -> nn.Module:
         progress = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
@@ -208,7 +211,11 @@ class TextEncoder(nn.Module):
     @staticmethod
     def _checkpoint_gradients(model: Any, inputs: bool) -> None:
         # The re-entrant kind gives no gradient to adapters below a frozen embedding.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if inputs:
             model.enable_input_require_grads()
 
@@ -268,19 +275,45 @@ class TextEncoder(nn.Module):
         """
         if not len(rows):
             return torch.zeros(0, self.width, device=rows.device)
-        parts: list[Tensor] = []
-        places: list[Tensor] = []
+        budget = self.token_budget or (2048 if rows.device.type == "cpu" else 16_384)
+        batches = list(length_batches(table.lengths[rows], budget))
+        vectors: list[Tensor] = []
         silent = progress is None or os.environ.get("LOCAL_RANK", "0") != "0"
         with tqdm(total=len(rows), desc=progress, unit="text", disable=silent, leave=False) as bar:
-            for batch in length_batches(table.lengths[rows], self.token_budget):
-                chosen = batch.to(rows.device)
-                parts.append(self(*table.padded(rows[chosen])))
-                places.append(chosen)
+            for batch, part in zip(
+                batches, self._passes(table, [rows[b.to(rows.device)] for b in batches]), strict=True
+            ):
+                vectors.append(part)
                 bar.update(len(batch))
+        places = torch.cat(batches).to(rows.device)
         order = torch.empty_like(rows)
-        order[torch.cat(places)] = torch.arange(len(rows), device=rows.device)
-        return torch.cat(parts)[order]
+        order[places] = torch.arange(len(rows), device=rows.device)
+        return torch.cat(vectors)[order]
 
+    def _passes(self, table: TokenTable, batches: list[Tensor]) -> Iterator[Tensor]:
+        """The vectors of one batch of rows after another."""
+        threads = torch.get_num_threads()
+        if self.tune != "frozen" or table.tokens.device.type != "cpu" or min(threads, len(batches)) < 2:
+            for rows in batches:
+                yield self(*table.padded(rows))
+            return
+
+        # A batch a core beats all cores on one batch: no core waits for another after every small operation.
+        def encode(rows: Tensor) -> Tensor:
+            if torch.get_num_threads() != 1:
+                torch.set_num_threads(1)
+            with torch.inference_mode(False), torch.no_grad():  # both belong to the thread
+                return self(*table.padded(rows))
+
+        self._running_model(table.tokens.device)
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield from pool.map(encode, batches)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode(False)  # vectors made while validating may be kept, and trained on later
     @torch.no_grad()
     def encode(self, texts: Sequence[str], device: torch.device | None = None, progress: str | None = None) -> Tensor:
         """Encodes texts without gradients and without the disk cache; equal texts are encoded once.
@@ -299,7 +332,9 @@ class TextEncoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            vectors = self.encode_table(table, torch.arange(len(distinct), device=device), progress)
+            # A frozen model's vectors do not depend on the precision of the step that happens to ask for them.
+            with torch.autocast(device.type, enabled=self.tune != "frozen" and torch.is_autocast_enabled(device.type)):
+                vectors = self.encode_table(table, torch.arange(len(distinct), device=device), progress)
         finally:
             self.train(training)
         return vectors[torch.tensor([distinct[text] for text in texts], dtype=torch.long, device=device)]
