@@ -117,7 +117,8 @@ class TextEncoder(nn.Module):
         pooling: ``mean``, ``cls`` or ``last``.
         max_tokens: longest text in tokens; never more than the model's own limit.
         tune: ``frozen``, ``full`` or ``adapter``; None: ``adapter`` with ``peft``, else ``frozen``.
-        peft: the config of an adapter.
+        peft: the config of an adapter. LoRA, DoRA, IA3, prompt, prefix and p-tuning are tested; peft
+            refuses prefix tuning together with gradient checkpointing.
         gradient_checkpointing: recompute activations in the backward pass: a third more time, far less memory.
         token_budget: most tokens of one pass through the model, padding included; None: 2,048 on a CPU, whose caches
             then hold what a layer makes, 16,384 elsewhere.
@@ -157,7 +158,7 @@ class TextEncoder(nn.Module):
         self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.width: int = self.config.get_text_config().hidden_size
-        self.max_tokens = self._limit(max_tokens)
+        self.max_tokens = self._limit(max_tokens, getattr(peft, "num_virtual_tokens", None) or 0)
         self.pad_id = self._pad_id()
         self._prompt_learning = False
         if self.tune == "frozen":
@@ -170,7 +171,7 @@ class TextEncoder(nn.Module):
             if peft is not None:
                 self.model = self._adapt(self.model, peft)
 
-    def _limit(self, wanted: int) -> int:
+    def _limit(self, wanted: int, virtual: int) -> int:
         limit = wanted
         if self.tokenizer.model_max_length < _NO_LIMIT:
             limit = min(limit, self.tokenizer.model_max_length)
@@ -178,7 +179,8 @@ class TextEncoder(nn.Module):
         if positions and positions > 0:
             # RoBERTa and its kin count positions from their padding token's id + 1.
             offset = (self.config.pad_token_id or 0) + 1 if "roberta" in self.config.model_type else 0
-            limit = min(limit, positions - offset)
+            # Prompts and prefixes of peft are virtual tokens in front of the text, and take positions too.
+            limit = min(limit, positions - offset - virtual)
         return limit
 
     def _pad_id(self) -> int:

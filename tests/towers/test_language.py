@@ -153,6 +153,33 @@ def test_other_methods_of_peft(tiny_bert, config):
     assert any(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PrefixTuningConfig(num_virtual_tokens=3),
+        peft.PromptTuningConfig(num_virtual_tokens=3),
+        peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
+    ],
+    ids=["prefix", "prompt", "p-tuning"],
+)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_virtual_tokens_train_and_are_not_pooled(tiny_model, config, pooling):
+    encoder = TextEncoder(tiny_model, pooling=pooling, peft=config).train()
+    texts = [*TEXTS, "red " * 100]  # as long as the model can read beside the virtual tokens
+    encoder.encode_table(encoder.tokenise(texts), torch.arange(7)).square().sum().backward()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad.any() for parameter in trained)
+    together = encoder.encode(texts)
+    alone = torch.cat([encoder.encode([text]) for text in texts])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+
+
+def test_prefix_tuning_refuses_gradient_checkpointing(tiny_bert):
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        TextEncoder(tiny_bert, peft=peft.PrefixTuningConfig(num_virtual_tokens=3), gradient_checkpointing=True)
+
+
 def test_contradicting_options(tiny_bert):
     with pytest.raises(ValueError, match="needs a peft config"):
         TextEncoder(tiny_bert, tune="adapter")
