@@ -52,7 +52,7 @@ def test_compressed_files(tmp_path: Path, name: str) -> None:
     else:
         path.write_bytes(compress[path.suffix[1:]](LOG.encode()))
     check_log(str(path))
-    assert [file for file in tmp_path.iterdir()] == [path]  # nothing is extracted
+    assert list(tmp_path.iterdir()) == [path]  # nothing is extracted
 
 
 def test_a_damaged_archive_says_so(tmp_path: Path) -> None:
@@ -108,7 +108,9 @@ def test_json_lines_and_arrays(tmp_path: Path, array: bool) -> None:
 
 
 def test_a_broken_json_line_is_a_bad_row(tmp_path: Path) -> None:
-    path = write(tmp_path, "log.jsonl", '{"user": "a", "item": "x"}\n{"user": "a", "it\n[1]\n{"user": "b", "item": "y"}\n')
+    path = write(
+        tmp_path, "log.jsonl", '{"user": "a", "item": "x"}\n{"user": "a", "it\n[1]\n{"user": "b", "item": "y"}\n'
+    )
     with pytest.raises(BadRowError, match="line 2: the line is no JSON"):
         Files(path).read()
     raw = Files(path, on_bad_rows="skip").read()
@@ -183,7 +185,7 @@ def test_tab_separated_text_has_no_quotes_and_ends_at_line_feeds(tmp_path: Path)
 def test_csv_quotes(tmp_path: Path) -> None:
     titles = ["One, two", 'a "b" c', "line one\nline two\n\nline four", "windows\r\nend", "plain"]
     cells = ['"' + title.replace('"', '""') + '"' for title in titles[:4]] + ["plain"]
-    text = "item,title,year\n" + "".join(f"{i},{cell},1999\n" for i, cell in enumerate(cells)) + "\nx,5\" nail,2000\n"
+    text = "item,title,year\n" + "".join(f"{i},{cell},1999\n" for i, cell in enumerate(cells)) + '\nx,5" nail,2000\n'
     raw = Files(write(tmp_path, "log.csv", LOG), write(tmp_path, "items.csv", text)).read()
     assert raw.items is not None
     assert raw.items["title"][:] == [*titles, '5" nail']
@@ -242,6 +244,31 @@ def test_mapping_headerless_files_and_own_columns(tmp_path: Path) -> None:
     assert got == {"user_id": ["ann", "bob"], "item_id": ["7", "8"], "event": ["view", "buy"]}
 
 
+def test_a_first_row_of_long_text_is_no_header(tmp_path: Path) -> None:
+    title = "A title that is far too long for the name of a column, as any reader of it can see"
+    items = write(tmp_path, "news.tsv", f"N1\tnews\t{title}\nN2\tsport\tGoal\n")
+    log = write(tmp_path, "log.csv", "ann,N1\nbob,N2\n")
+    with pytest.raises(ValueError, match="set header: false and give its number"):
+        Files(log).read()
+    raw = Files(
+        log, items, interaction_columns={"user_id": 0, "item_id": 1}, item_columns={"item_id": 0, "title": 2}
+    ).read()
+    assert raw.items is not None
+    assert raw.items["title"][:] == [title, "Goal"]
+    assert raw.items.column_names == ["item_id", "title", "1"]
+    assert len(raw.interactions) == 2
+
+
+def test_json_fields_that_appear_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_rec.data.readers.structured._BLOCK", 2)
+    records = [{"item": str(i)} | ({"tags": ["x"]} if i > 4 else {"title": f"t{i}"}) for i in range(7)]
+    items = write(tmp_path, "items.jsonl", "\n".join(map(json.dumps, records)))
+    got = Files(write(tmp_path, "log.csv", LOG), items).read().items
+    assert got is not None
+    assert got["title"][:] == ["t0", "t1", "t2", "t3", "t4", "", ""]
+    assert got["tags"][:] == [[]] * 5 + [["x"]] * 2
+
+
 def test_atomic_headers_and_users(tmp_path: Path) -> None:
     log = write(tmp_path, "d.inter", "user_id:token\titem_id:token\trating:float\n1\t2\t3\n")
     users = write(tmp_path, "d.user", "user_id:token\tage:token\n1\t30\n")
@@ -252,8 +279,12 @@ def test_atomic_headers_and_users(tmp_path: Path) -> None:
 
 
 def test_item_tables_are_merged_and_the_first_filled_value_wins(tmp_path: Path) -> None:
-    log = write(tmp_path, "log.csv", ",article_id,title,email\n0,1430.0,log title,ann\n1,1431.0,other,bob\n2,1430.0,x,bob\n")
-    articles = write(tmp_path, "articles.csv", "article_id,doc_full_name,body\n1430,Real title,\n1432,Cold,text\n1430,No,late\n")
+    log = write(
+        tmp_path, "log.csv", ",article_id,title,email\n0,1430.0,log title,ann\n1,1431.0,other,bob\n2,1430.0,x,bob\n"
+    )
+    articles = write(
+        tmp_path, "articles.csv", "article_id,doc_full_name,body\n1430,Real title,\n1432,Cold,text\n1430,No,late\n"
+    )
     raw = Files(log, [articles, log], item_columns={"title": ["doc_full_name", "title"]}, integer_ids=True).read()
     assert raw.items is not None
     assert raw.items[:] == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,8 @@ def table(**columns: list) -> Table:
     return Table(arrays, np.arange(2, size + 2), ["log.csv"], [0], ["line"])
 
 
-def read(report: ReadReport | None = None, **columns: list) -> dict[str, list]:
-    options = {name: columns.pop(name) for name in ("rating_range", "integer_ids") if name in columns}
+def read(report: ReadReport | None = None, **columns: Any) -> dict[str, list]:
+    options: dict[str, Any] = {name: columns.pop(name) for name in ("rating_range", "integer_ids") if name in columns}
     return canonical_interactions(table(**columns), report or ReadReport(), **options)[:]
 
 
@@ -53,7 +54,7 @@ def test_normal_forms_are_kept_apart_and_noted() -> None:
 
 
 def test_integer_ids_lose_their_point_only_when_asked() -> None:
-    columns = {"user_id": ["a@b.c", "1.0"], "item_id": ["1430.0", "001"]}
+    columns: dict[str, Any] = {"user_id": ["a@b.c", "1.0"], "item_id": ["1430.0", "001"]}
     report = ReadReport()
     assert read(report, **columns)["item_id"] == ["1430.0", "001"]
     got = read(integer_ids=True, **columns)
@@ -112,7 +113,7 @@ def test_times_beyond_32_bits_and_counters() -> None:
 
 def test_a_url_in_a_timestamp_is_a_bad_row() -> None:
     stamps = ["847434881", "84743496 https://example.org/data/films1", "847434882"]
-    columns = {"user_id": ["u"] * 3, "item_id": ["a", "b", "c"], "timestamp": stamps}
+    columns: dict[str, Any] = {"user_id": ["u"] * 3, "item_id": ["a", "b", "c"], "timestamp": stamps}
     with pytest.raises(BadRowError, match=r"line 3: '84743496 https://example.org/data/films1' is no timestamp"):
         read(**columns)
     report = ReadReport("skip")
@@ -122,9 +123,11 @@ def test_a_url_in_a_timestamp_is_a_bad_row() -> None:
 
 @pytest.mark.parametrize("other", [f"{SECOND}000", "2019-11-12"])
 @pytest.mark.parametrize("policy", ["error", "skip"])
-def test_a_mixture_of_writings_stops_the_run_and_names_rows(other: str, policy: str) -> None:
+def test_a_mixture_of_writings_stops_the_run_and_names_rows(other: str, policy: Literal["error", "skip"]) -> None:
     with pytest.raises(ValueError, match=rf"mixed: most are seconds.*log.csv, line 4 \('{other}'"):
-        read(ReadReport(policy), user_id=["u"] * 3, item_id=["a", "b", "c"], timestamp=[str(SECOND), "847434882", other])
+        read(
+            ReadReport(policy), user_id=["u"] * 3, item_id=["a", "b", "c"], timestamp=[str(SECOND), "847434882", other]
+        )
 
 
 def test_one_stray_unit_among_many_is_a_bad_row() -> None:
@@ -175,7 +178,7 @@ def test_a_rating_that_is_no_number_is_a_bad_row(text: str) -> None:
 
 
 def test_exact_duplicates_are_dropped_only_with_times() -> None:
-    columns = {"user_id": ["u", "u", "u", "v"], "item_id": ["a", "b", "a", "a"]}
+    columns: dict[str, Any] = {"user_id": ["u", "u", "u", "v"], "item_id": ["a", "b", "a", "a"]}
     report = ReadReport()
     assert len(read(report, **columns)["item_id"]) == 4
     assert report.n_duplicates == 0

@@ -66,7 +66,9 @@ def missing_column(field: str, wanted: ColumnName | None, names: Sequence[str], 
     if wanted is None:
         near = difflib.get_close_matches(plain_name(field), [plain_name(name) for name in names], n=1, cutoff=0.5)
         lead = f"{file}: no column looks like `{field}`."
-        remedy = f"Name it with {option}: {{{field}: <column>}}."
+        remedy = (
+            f"Name it with {option}: {{{field}: <column>}}; without a header, set header: false and give its number."
+        )
     else:
         text = wanted if isinstance(wanted, list) else [wanted]
         near = difflib.get_close_matches(plain_name(str(text[0])), [plain_name(name) for name in names], n=1)

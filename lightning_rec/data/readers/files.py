@@ -35,7 +35,8 @@ class Files(Reader):
         user_columns: field -> column, likewise.
         format: of all files; ``auto`` looks at each.
         delimiter: of text tables; None looks for a comma, tab, semicolon, bar or double colon.
-        header: whether text tables start with the names of their columns; None looks.
+        header: whether text tables start with the names of their columns; None looks (a table whose columns are mapped
+            by number has none).
         quoted: whether a double quote in a text table quotes a field; None: yes, except between tabs and ``::``.
         encoding: of text files.
         on_bad_rows: ``error`` stops at a bad row with file, line and reason; ``skip`` counts, lists and leaves it out.
@@ -91,7 +92,7 @@ class Files(Reader):
                 used[source] = choose_interactions(names, self.interaction_columns, str(source))
                 return used[source]
 
-            tables.append(self._table(source, choose, report))
+            tables.append(self._table(source, choose, report, self.interaction_columns))
         chosen = next(iter(used.values()), {})
         report.note("Interactions: " + ", ".join(f"{field} from `{column}`" for field, column in chosen.items()) + ".")
         interactions = canonical_interactions(concat_tables(tables), report, self.rating_range, self.integer_ids)
@@ -127,16 +128,17 @@ class Files(Reader):
                 drop = list(used.get(source, {}).values())
                 return choose_entities(names, mapping, key, str(source), option, drop)
 
-            tables.append(self._table(source, choose, report))
+            tables.append(self._table(source, choose, report, mapping))
         for field, wanted in mapping.items():
             if mapped(field, wanted, list(names_seen)) is None:
                 raise missing_column(field, wanted, list(names_seen), ", ".join(map(str, sources)), option)
         return concat_tables(tables)
 
-    def _table(self, source: Source, choose: Choose, report: ReadReport) -> Table:
-        return read_table(
-            source, choose, report, self.format, self.delimiter, self.header, self.encoding, quoted=self.quoted
-        )
+    def _table(self, source: Source, choose: Choose, report: ReadReport, mapping: Mapping[str, ColumnName]) -> Table:
+        header = self.header
+        if header is None and any(isinstance(column, int) for column in mapping.values()):
+            header = False
+        return read_table(source, choose, report, self.format, self.delimiter, header, self.encoding, self.quoted)
 
 
 def read_table(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 
 from lightning_rec.data.interactions import canonical_interactions
 from lightning_rec.data.readers.base import RawData, Reader
@@ -75,13 +75,13 @@ class HubDataset(Reader):
     def read(self) -> RawData:
         """Loads the data sets and reads their tables."""
         report = ReadReport(self.on_bad_rows)
-        log = _load(self.interactions, self.name, self.split, self.revision)
+        log = _load(self.interactions, self.name, self.split, self.revision, report)
         chosen = choose_interactions(log.column_names, self.interaction_columns, self.interactions)
         table = _table(log, chosen, self.interactions)
         interactions = canonical_interactions(table, report, self.rating_range, self.integer_ids)
         items, fingerprint = None, str(log._fingerprint)
         if self.items is not None:
-            catalogue = _load(self.items, self.items_name, self.items_split, self.items_revision)
+            catalogue = _load(self.items, self.items_name, self.items_split, self.items_revision, report)
             drop = list(chosen.values()) if self.items == self.interactions else []
             fields = choose_entities(
                 catalogue.column_names, self.item_columns, "item_id", self.items, "item_columns", drop
@@ -92,9 +92,9 @@ class HubDataset(Reader):
         return RawData(interactions, items, None, report, fingerprint)
 
 
-def _load(path: str, name: str | None, split: str | None, revision: str | None) -> Dataset:
+def _load(path: str, name: str | None, split: str | None, revision: str | None, report: ReadReport) -> Dataset:
     try:
-        found: Any = load_dataset(path, name=name, split=split, revision=revision)
+        found = _join(load_dataset(path, name=name, split=split, revision=revision))
     except (ConnectionError, FileNotFoundError) as error:
         if Path(path).is_dir():
             raise ValueError(f"The folder {path} holds no file that datasets.load_dataset reads: {error}") from error
@@ -103,6 +103,22 @@ def _load(path: str, name: str | None, split: str | None, revision: str | None) 
             f" the hub does not have it or cannot be reached: {error}. Check the name, or load it once with a network:"
             f" datasets.load_dataset({path!r}, {name!r})."
         ) from error
+    if found.builder_name != "csv":
+        return found
+    # The CSV loader guesses types, which makes 1 of 001 and nothing of `null`: read again as text.
+    text = Features({column: Value("string") for column in found.column_names})
+    options: dict[str, Any] = {"features": text, "keep_default_na": False, "na_filter": False}
+    try:
+        return _join(load_dataset(path, name=name, split=split, revision=revision, **options))
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        report.note(
+            f"{path} could not be read again as text ({error}), so that its ids and titles are as the CSV loader"
+            " guessed them: 001 may have become 1, and a title like `null` may be missing."
+        )
+        return found
+
+
+def _join(found: Any) -> Dataset:
     return concatenate_datasets(list(found.values())) if isinstance(found, DatasetDict) else found
 
 

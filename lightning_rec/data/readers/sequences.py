@@ -159,8 +159,8 @@ def _json_histories(source: Source, encoding: str, report: ReadReport) -> Iterat
             )
         for user, history in content.items():
             entry += 1
-            if isinstance(history, list) and history:
+            if isinstance(history, list) and history and all(isinstance(item, str | int | float) for item in history):
                 yield entry, user, history
             else:
-                report.bad_row(str(source), entry, f"the user {user!r} has no list of items", "entry")
+                report.bad_row(str(source), entry, f"the user {user!r} has no list of item ids", "entry")
         position += len(text[position:]) - len(text[position:].lstrip())
