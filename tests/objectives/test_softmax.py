@@ -119,6 +119,18 @@ def test_large_scores_neither_overflow_nor_vanish():
     assert loss.item() == 0
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0, 5.0, 50.0])
+def test_float32_is_as_exact_for_small_scores_as_for_large(scale):
+    interest, candidates, target, owner, known, log_q = make(p=64, c=50, d=16)
+    options = {"owner": owner, "known": known, "log_q": log_q}
+    wide = [(scale * x).detach().requires_grad_() for x in (interest, candidates)]
+    wanted = torch.autograd.grad(Softmax()(*wide, target, **options), wide)
+    narrow = [x.detach().float().requires_grad_() for x in wide]
+    found = torch.autograd.grad(Softmax()(*narrow, target, **options), narrow)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() / b.abs().max() < 1e-5 * max(1.0, scale**2)
+
+
 def test_no_positions():
     interest, candidates, target, *_ = make()
     loss = Softmax()(interest[:0], candidates, target[:0])
