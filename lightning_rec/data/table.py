@@ -23,11 +23,12 @@ class BadRowError(ValueError):
 
 
 class BadRow(NamedTuple):
-    """A row that was left out: its file, its line (1-based; a row number in Parquet) and the reason."""
+    """A row that was left out: its file, its line (1-based), the reason, and what counts as a line there."""
 
     file: str
     line: int
     reason: str
+    unit: str = "line"
 
 
 @dataclass
@@ -61,7 +62,7 @@ class ReadReport:
             raise BadRowError(f"{file}, {unit} {line}: {reason}. {remedy}")
         self.n_skipped += 1
         if len(self.skipped) < MAX_LISTED:
-            self.skipped.append(BadRow(file, line, reason))
+            self.skipped.append(BadRow(file, line, reason, unit))
 
     def note(self, text: str) -> None:
         """Adds a sentence, once."""
@@ -76,7 +77,7 @@ class ReadReport:
             lines.append(f"Dropped {self.n_duplicates:,} exact duplicate interactions.")
         if self.n_skipped:
             lines.append(f"Skipped {self.n_skipped:,} bad rows:")
-            lines += [f"  {row.file}, line {row.line}: {row.reason}" for row in self.skipped]
+            lines += [f"  {row.file}, {row.unit} {row.line}: {row.reason}" for row in self.skipped]
             if self.n_skipped > len(self.skipped):
                 lines.append(f"  ... and {self.n_skipped - len(self.skipped):,} more")
         return lines + self.notes
@@ -94,7 +95,7 @@ class Table:
         lines: ``(n,)`` line (text) or row (Parquet) of each row, 1-based.
         files: the file of each run of rows.
         starts: first row of each run, ``starts[0] == 0``.
-        units: ``line`` or ``row`` for each run: what ``lines`` counts.
+        units: what ``lines`` counts in each run: ``line``, ``row`` (Parquet) or ``entry`` (one JSON object).
     """
 
     columns: dict[str, pa.ChunkedArray]

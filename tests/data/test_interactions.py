@@ -43,7 +43,7 @@ def test_an_empty_id_is_a_bad_row(empty: str | None) -> None:
     report = ReadReport("skip")
     assert read(report, user_id=["u", "u", "v"], item_id=["a", empty, "b"])["item_id"] == ["a", "b"]
     assert report.n_skipped == 1
-    assert report.skipped[0] == ("log.csv", 3, "the item_id is empty")
+    assert report.skipped[0] == ("log.csv", 3, "the item_id is empty", "line")
 
 
 def test_normal_forms_are_kept_apart_and_noted() -> None:

@@ -115,7 +115,7 @@ def zip_names(path: Path) -> list[str]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a readable zip archive: {error}.") from error
     for name in names:
-        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or ":" in name:
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
             raise ValueError(f"{path} holds a member named {name!r}, which would escape its folder; it is not read.")
     return sorted(name for name in names if not name.startswith("__MACOSX/"))
 
