@@ -154,6 +154,12 @@ class TwoTower(LightningModule):
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    def on_train_start(self) -> None:
+        """A resumed run goes on with the batches that it has not seen."""
+        # A schedule that asked for the number of steps made the loader before the checkpoint's loops were read, and
+        # Lightning gives the loader its place in the epoch only when it makes it.
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """A resumed run goes on with the random numbers of the checkpoint."""
         if self.restored_random_state is not None:
