@@ -78,7 +78,7 @@ class TwoTower(LightningModule):
         self.user_tower = user_tower
         self.objective = objective if objective is not None else Softmax()
         self.score = score if score is not None else Dot()
-        chosen = [RankingMetrics(ks=(5, 10, 20, 50)), BeyondAccuracy(k=10)] if metrics is None else metrics
+        chosen = default_metrics() if metrics is None else metrics
         # modules of this module, so that their sums lie on its device
         self.val_metrics, self.test_metrics = nn.ModuleList(deepcopy(chosen)), nn.ModuleList(deepcopy(chosen))
         self.val_ratings, self.test_ratings = RatingMetrics(), RatingMetrics()
@@ -388,6 +388,15 @@ class TwoTower(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the towers where there is no data, and checks every key."""
         saved.on_load(self, checkpoint, self._view)
+
+
+def default_metrics() -> list[RankingMetric]:
+    """All ranking metrics at several cut-offs, two of them by slices, and what lies beyond accuracy."""
+    return [
+        RankingMetrics(ks=(5, 10, 20, 50)),
+        RankingMetrics(ks=(10,), names=("hr", "ndcg"), slices=("warm", "cold", "head", "torso", "tail")),
+        BeyondAccuracy(k=10),
+    ]
 
 
 def known_columns(known: Tensor, rows: Tensor, n_rows: int, whole: bool) -> Tensor:
