@@ -1,8 +1,7 @@
 """From histories to batches: whole batches at a time, by array operations, with no loop over events.
 
 A training sample is a slice of one user's training events; its first events are the history and each next event is a
-target. An evaluation sample is one user: everything before a boundary is the history, what follows it up to the next
-boundary is to be found.
+target. How users are evaluated is in ``evaluation.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from lightning_rec.data.sampling import NegativeSampler
 from lightning_rec.data.split import Histories
 
 Int = NDArray[np.int64]
+Float = NDArray[np.float64]
 Supervision = Literal["every", "random", "last"]
 CandidateMode = Literal["catalogue", "batch", "sampled"]
 
@@ -161,7 +161,6 @@ class TrainDataset(Dataset[Batch]):
         negatives: how many are drawn, for the step, or for each user with ``per_user``.
         per_user: draw ``negatives`` items for each user from what that user has not touched, so that even a user who
             has touched nearly everything meets as many true negatives as there are.
-        counts: ``(n_rows,)`` how often each row is a target, for the log-q of in-batch candidates.
         supervision: ``every`` step of the history is supervised; ``random``: one random prefix of each sample, of which
             the last step is supervised; ``last``: the last step of the sample.
         user_texts: makes user texts from what lies before an offset, or None.
@@ -174,7 +173,6 @@ class TrainDataset(Dataset[Batch]):
         known: KnownItems,
         n_rows: int,
         candidates: CandidateMode,
-        counts: Int,
         sampler: NegativeSampler | None = None,
         negatives: int = 0,
         per_user: bool = False,
@@ -191,13 +189,18 @@ class TrainDataset(Dataset[Batch]):
         self.per_user = per_user
         self.supervision = supervision
         self.user_texts = user_texts
-        total = max(int(counts.sum()), 1)
-        self.target_share = counts / total
+        self._chances, self._mean_targets = target_chances(histories, samples, supervision, n_rows)
+        self._draw_chances = sampler.probabilities if sampler is not None else np.zeros(n_rows)
         self._whole = torch.arange(n_rows)
         self._position = np.zeros(n_rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def lengths(self) -> Int:
+        """``(s,)`` number of events of each sample."""
+        return self.samples.lengths
 
     def __getitem__(self, index: BatchIndex) -> Batch:
         rng = np.random.default_rng(index.seed)
@@ -238,13 +241,11 @@ class TrainDataset(Dataset[Batch]):
             batch.targets = torch.from_numpy(targets)
             batch.n_candidates = self.n_rows - 1
             return
-        candidates = np.unique(targets)
-        candidates = candidates[candidates > 0]
-        log_missed = int((targets > 0).sum()) * np.log1p(-self._below_one(self.target_share))
-        if self.candidates == "sampled" and self.sampler is not None:
-            drawn, number = self._draw(users, candidates, rng)
-            candidates = np.concatenate([candidates, drawn])
-            log_missed = log_missed + number * np.log1p(-self._below_one(self.sampler.probabilities))
+        positives = np.unique(targets)
+        positives = positives[positives > 0]
+        candidates = positives
+        if self.candidates == "sampled":
+            candidates = np.concatenate([positives, self._draw(users, positives, rng)])
         extra = np.setdiff1d(history, candidates)
         rows = np.concatenate([[0], candidates, extra[extra > 0]])
         position = self._position
@@ -253,143 +254,67 @@ class TrainDataset(Dataset[Batch]):
         batch.targets = torch.from_numpy(position[targets])
         batch.users.history = torch.from_numpy(position[history])
         batch.n_candidates = len(candidates)
-        # the expected count of a row in a set of distinct rows is the chance that it was drawn at all
-        batch.log_q = torch.from_numpy(np.log(np.maximum(-np.expm1(log_missed[candidates]), 1e-30))).float()
         position[rows] = 0
+        # the expected count of a row in a set of distinct rows is the chance that it is in the set at all
+        log_missed = self._log_not_target(candidates, int((targets > 0).sum()))
+        if self.candidates == "sampled":
+            log_missed = log_missed + self._log_not_drawn(candidates, positives, users)
+        batch.log_q = torch.from_numpy(np.log(np.maximum(-np.expm1(log_missed), 1e-30))).float()
 
-    @staticmethod
-    def _below_one(share: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.minimum(share, 1 - 1e-12)
-
-    def _draw(self, users: Int, candidates: Int, rng: np.random.Generator) -> tuple[Int, int]:
-        """Distinct negatives that are not targets of the step, and the number of draws that were made."""
+    def _draw(self, users: Int, positives: Int, rng: np.random.Generator) -> Int:
+        """Distinct negatives that are not targets of the step."""
         assert self.sampler is not None
         if self.per_user:
             drawn = self.sampler.sample_batch(rng, [self.known[int(user)] for user in users], self.negatives)
             # a user who knows everything draws padding
-            rows = np.setdiff1d(drawn, np.append(candidates, 0))
-            return rows, self.negatives * len(users)
-        return np.unique(self.sampler.sample(rng, candidates, self.negatives)), self.negatives
+            return np.setdiff1d(drawn, np.append(positives, 0))
+        return np.unique(self.sampler.sample(rng, positives, self.negatives))
+
+    def _log_not_target(self, rows: Int, n_targets: int) -> Float:
+        """``(c,)`` log of the chance that no target of a step with ``n_targets`` targets is one of ``rows``.
+
+        Steps hold samples of similar length, so that the number of targets says more than the number of samples.
+        """
+        return n_targets / self._mean_targets * _log_missed(self._chances[rows])
+
+    def _log_not_drawn(self, rows: Int, positives: Int, users: Int) -> Float:
+        """``(c,)`` log of the chance that none of the step's draws is one of ``rows``."""
+        chances = self._draw_chances
+        own = chances[rows]
+        if not self.per_user:
+            # the draws share what is not a target; a target is judged as if it were none
+            left = max(1.0 - float(chances[positives].sum()), 0.0)
+            left_with_own = left + np.where(np.isin(rows, positives), own, 0.0)
+            return self.negatives * _log_missed(own / np.maximum(left_with_own, own))
+        # many users, each with a small chance: the number of times that a row is drawn is close to Poisson
+        offsets, owner = gather_flat(self.known.indptr[users], self.known.indptr[users + 1])
+        known = self.known.items[offsets]
+        unknown = self.n_rows - 1 - np.bincount(owner, minlength=len(users))
+        mass = np.maximum(1.0 - np.bincount(owner, chances[known], len(users)), chances[1:].min())
+        share = np.where(unknown > 0, 1.0 / mass, 0.0)
+        shares = share.sum() - np.bincount(known, share[owner], self.n_rows)[rows]
+        return -self.negatives * own * np.maximum(shares, 0.0)
 
 
-class EvaluationDataset(Dataset[Batch]):
-    """Makes batches of users whose next items are to be ranked over the whole catalogue.
+def target_chances(
+    histories: Histories, samples: Samples, supervision: Supervision, n_rows: int
+) -> tuple[Float, float]:
+    """How likely each row is to be a target, for the log-q of in-batch candidates.
 
-    Args:
-        histories: events by user.
-        users: ``(s,)`` user rows, 0 for a user that the data does not know.
-        cuts: ``(s,)`` offset of the first event that the model may not see.
-        ends: ``(s,)`` offset after the last event to be found; None in prediction.
-        max_history: longest history in events; the newest are kept.
-        filter_seen: give the items touched before the cut as not to be recommended.
-        touched: items touched without being positive (low ratings), which ``filter_seen`` leaves out too.
-        user_texts: makes user texts from what lies before an offset, or None.
+    Returns:
+        ``(n_rows,)`` chance that a row is among the targets of one sample, and the mean number of targets of a sample.
     """
+    number = max(len(samples), 1)
+    if supervision == "last":
+        return np.bincount(histories.items[samples.ends - 1], minlength=n_rows) / number, 1.0
+    offsets, owner = gather_flat(samples.starts + 1, samples.ends)
+    rows = histories.items[offsets]
+    if supervision == "random":
+        weights = 1 / (samples.lengths - 1)[owner]
+        return np.bincount(rows, weights, n_rows) / number, 1.0
+    mean = max(len(rows) / number, 1.0)
+    return np.bincount(distinct_pairs(owner, rows)[1], minlength=n_rows) / number, mean
 
-    def __init__(
-        self,
-        histories: Histories,
-        users: Int,
-        cuts: Int,
-        ends: Int | None,
-        max_history: int,
-        filter_seen: bool,
-        touched: Histories | None = None,
-        user_texts: UserTexts | None = None,
-    ) -> None:
-        self.histories = histories
-        self.users = users
-        self.cuts = cuts
-        self.ends = ends
-        self.max_history = max_history
-        self.filter_seen = filter_seen
-        self.touched = touched
-        self.user_texts = user_texts
 
-    def __len__(self) -> int:
-        return len(self.users)
-
-    @property
-    def lengths(self) -> Int:
-        """``(s,)`` length of the history that the model reads."""
-        return np.minimum(self.cuts - self.histories.indptr[self.users], self.max_history)
-
-    def filtered_targets(self) -> int:
-        """Number of targets that ``filter_seen`` turns into misses, since their user touched them before."""
-        if not self.filter_seen or self.ends is None:
-            return 0
-        before, before_owner = gather_flat(self.histories.indptr[self.users], self.cuts)
-        after, after_owner = gather_flat(self.cuts, self.ends)
-        items = self.histories.items
-        width = int(items.max(initial=0)) + 1
-        return int(np.isin(after_owner * width + items[after], before_owner * width + items[before]).sum())
-
-    def __getitem__(self, index: BatchIndex) -> Batch:
-        chosen = index.samples
-        users, cuts = self.users[chosen], self.cuts[chosen]
-        first = self.histories.indptr[users]
-        offsets, mask = gather_slices(np.maximum(first, cuts - self.max_history), cuts, least=1)
-        items, times = self.histories.items, self.histories.times
-        empty = np.zeros(mask.shape, dtype=np.int64)
-        batch = Batch(
-            users=UserBatch(
-                history=torch.from_numpy(np.where(mask, items[offsets], 0) if len(items) else empty),
-                lengths=torch.from_numpy(mask.sum(1)),
-                users=torch.from_numpy(users),
-                times=None if times is None or not len(items) else torch.from_numpy(np.where(mask, times[offsets], 0)),
-                texts=None if self.user_texts is None else self.user_texts(users, cuts),
-            ),
-            index=torch.from_numpy(np.asarray(chosen, dtype=np.int64)),
-        )
-        if self.ends is not None:
-            ends = self.ends[chosen]
-            offsets, mask = gather_slices(cuts, ends)
-            batch.targets = torch.from_numpy(self._distinct(np.where(mask, items[offsets], 0)))
-            if self.histories.ratings is not None:
-                ratings = np.where(mask, self.histories.ratings[offsets], np.nan)
-                batch.ratings = torch.from_numpy(ratings)
-        if self.filter_seen:
-            batch.seen = torch.from_numpy(self._seen(users, first, cuts))
-        return batch
-
-    @staticmethod
-    def _distinct(targets: Int) -> Int:
-        """The same rows with each item once (its later repeats become padding)."""
-        if targets.shape[1] < 2:
-            return targets
-        order = np.argsort(targets, axis=1, kind="stable")
-        ordered = np.take_along_axis(targets, order, axis=1)
-        repeat = np.zeros_like(ordered, dtype=bool)
-        repeat[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-        ordered[repeat] = 0
-        result = np.zeros_like(targets)
-        np.put_along_axis(result, order, ordered, axis=1)
-        return result
-
-    def _seen(self, users: Int, first: Int, cuts: Int) -> Int:
-        rows, owner = gather_flat(first, cuts)
-        rows = self.histories.items[rows]
-        if self.touched is not None:
-            others, other_owner = self._touched_before(users, cuts)
-            rows, owner = np.concatenate([rows, others]), np.concatenate([owner, other_owner])
-        owner, rows = distinct_pairs(owner, rows)
-        counts = np.bincount(owner, minlength=len(users))
-        seen = np.zeros((len(users), int(counts.max(initial=0))), dtype=np.int64)
-        column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        seen[owner, column] = rows
-        return seen
-
-    def _touched_before(self, users: Int, cuts: Int) -> tuple[Int, Int]:
-        """What was touched without being positive, up to the moment of the first event to be found."""
-        touched = self.touched
-        assert touched is not None
-        offsets, owner = gather_flat(touched.indptr[users], touched.indptr[users + 1])
-        if self.ends is not None and len(self.histories.items):
-            cut = np.minimum(cuts, len(self.histories.items) - 1)
-            event = self.histories.event[cut][owner]
-            before = touched.event[offsets] < event
-            if touched.times is not None and self.histories.times is not None:
-                moment, limit = touched.times[offsets], self.histories.times[cut][owner]
-                before = (moment < limit) | ((moment == limit) & before)
-            offsets, owner = offsets[before], owner[before]
-        return touched.items[offsets], owner
+def _log_missed(chance: Float) -> Float:
+    return np.log1p(-np.minimum(chance, 1 - 1e-12))

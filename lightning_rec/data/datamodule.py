@@ -6,9 +6,7 @@ positive rule. See ``ecommerce.py``, ``video.py`` and ``news.py`` for three comp
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,25 +20,19 @@ from lightning_rec.data.batch import CatalogueView
 from lightning_rec.data.catalogue import Catalogue, encode_ids, ids_hash
 from lightning_rec.data.collate import (
     CandidateMode,
-    EvaluationDataset,
     Int,
     KnownItems,
     Supervision,
     TrainDataset,
     training_samples,
 )
-from lightning_rec.data.loader import LengthSampler, ResumableLoader
+from lightning_rec.data.evaluation import EvaluationDataset, asked_users
+from lightning_rec.data.loader import LengthSampler, ResumableLoader, make_loader
 from lightning_rec.data.readers.base import RawData, Reader
 from lightning_rec.data.sampling import NegativeSampler
 from lightning_rec.data.split import Split, build_histories, global_time, leave_one_out
 from lightning_rec.data.text import DEFAULT_CLEANING
 from lightning_rec.data.user_text import UserTextMaker
-
-log = logging.getLogger(__name__)
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 class RecDataModule(LightningDataModule):
@@ -304,27 +296,17 @@ class RecDataModule(LightningDataModule):
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
-    def _loader(self, dataset: Any, lengths: Int, shuffle: bool) -> ResumableLoader:
+    def _loader(self, dataset: TrainDataset | EvaluationDataset, shuffle: bool = False) -> ResumableLoader:
         rank, world_size = self._place
         sampler = LengthSampler(
-            lengths,
+            dataset.lengths,
             batch_size=self.batch_size if shuffle else self.eval_batch_size,
             shuffle=shuffle,
             seed=self.seed,
             rank=rank,
             world_size=world_size,
         )
-        return ResumableLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=_same,
-            # its own, so that making an iterator does not move the random numbers of training
-            generator=torch.Generator().manual_seed(self.seed),
-            pin_memory=torch.cuda.is_available(),
-        )
+        return make_loader(dataset, sampler, self.num_workers)
 
     def train_dataset(self) -> TrainDataset:
         """The training samples; nothing of validation or test is in them."""
@@ -344,7 +326,6 @@ class RecDataModule(LightningDataModule):
             KnownItems.of(self.histories, self.split.train_end),
             n_rows=len(self.catalogue),
             candidates=self.candidates,
-            counts=self.train_counts,
             sampler=sampler,
             negatives=self.negatives,
             per_user=self.negatives_per_user,
@@ -356,66 +337,42 @@ class RecDataModule(LightningDataModule):
         """Users with something to find in ``part``; the history is all that came before it."""
         starts, ends = self.split.bounds(self.histories, part)
         users = self.split.users(self.histories, part)
-        return EvaluationDataset(
-            self.histories,
-            users,
-            starts[users],
-            ends[users],
-            max_history=self.max_history,
-            filter_seen=self.filter_seen,
-            touched=self.touched,
-            user_texts=self.user_texts,
-        )
+        return self._evaluation(users, starts[users], ends[users])
 
     def prediction_dataset(self) -> EvaluationDataset:
         """The users asked for, in order; the history is all that is known of them."""
-        self.asked_users = self._asked()
+        self.asked_users = asked_users(self.predict_users, self.user_ids[1:])
         rows = {user: row for row, user in enumerate(self.user_ids)}
         users = np.array([rows.get(user, 0) for user in self.asked_users], dtype=np.int64)
+        return self._evaluation(users, self.histories.indptr[users + 1], None)
+
+    def _evaluation(self, users: Int, cuts: Int, ends: Int | None) -> EvaluationDataset:
         return EvaluationDataset(
             self.histories,
             users,
-            self.histories.indptr[users + 1],
-            None,
+            cuts,
+            ends,
             max_history=self.max_history,
             filter_seen=self.filter_seen,
             touched=self.touched,
             user_texts=self.user_texts,
         )
 
-    def _asked(self) -> list[str]:
-        if self.predict_users is None:
-            return list(self.user_ids[1:])
-        if isinstance(self.predict_users, str):
-            try:
-                text = Path(self.predict_users).read_text(encoding="utf-8-sig")
-            except FileNotFoundError:
-                raise FileNotFoundError(
-                    f"data.predict_users names the file {self.predict_users}, which does not exist. It should hold one "
-                    "user id a line."
-                ) from None
-            return [line for line in text.split("\n") if line.strip()]
-        return [str(user) for user in self.predict_users]
-
     def train_dataloader(self) -> ResumableLoader:
         """Batches of training samples of similar length."""
-        dataset = self.train_dataset()
-        return self._loader(dataset, dataset.samples.lengths, shuffle=True)
+        return self._loader(self.train_dataset(), shuffle=True)
 
     def val_dataloader(self) -> ResumableLoader:
         """Every user with a validation target, once."""
-        dataset = self.evaluation_dataset("validation")
-        return self._loader(dataset, dataset.lengths, shuffle=False)
+        return self._loader(self.evaluation_dataset("validation"))
 
     def test_dataloader(self) -> ResumableLoader:
         """Every user with a test target, once."""
-        dataset = self.evaluation_dataset("test")
-        return self._loader(dataset, dataset.lengths, shuffle=False)
+        return self._loader(self.evaluation_dataset("test"))
 
     def predict_dataloader(self) -> ResumableLoader:
         """Every user asked for, once."""
-        dataset = self.prediction_dataset()
-        return self._loader(dataset, dataset.lengths, shuffle=False)
+        return self._loader(self.prediction_dataset())
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -430,4 +387,11 @@ def _column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:
     column = table.data.column(name) if table._indices is None else table.flatten_indices().data.column(name)
     if column.null_count == len(column):
         return None
-    return np.asarray(column.to_numpy(), dtype=dtype)
+    values = column.to_numpy()
+    if np.issubdtype(dtype, np.integer) and column.null_count:
+        row = int(np.flatnonzero(np.isnan(values))[0])
+        raise ValueError(
+            f"Row {row} of the interactions has no {name}, and others have one ({column.null_count:,} rows lack it). "
+            f"Let the reader leave such rows out, or leave out the whole column."
+        )
+    return np.asarray(values, dtype=dtype)

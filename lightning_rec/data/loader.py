@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_rec.data.batch import Batch
 from lightning_rec.data.collate import BatchIndex
@@ -19,13 +20,15 @@ class LengthSampler(DistributedSampler[Any]):
     In training, samples are shuffled, sorted by length within pools of some batches, cut into batches, and the batches
     are shuffled. Every sample comes once an epoch: when ``n`` ranks share the work, the number of batches is rounded up
     to a multiple of ``n`` by making batches smaller, never by repeating or dropping samples. In evaluation, samples are
-    sorted by length and dealt to the ranks, so that each user is evaluated once.
+    sorted by length and dealt to the ranks, so that each user is evaluated once; where there are as many samples as
+    ranks, each rank has at least one batch, since Lightning refuses loaders that are empty on one rank only.
 
     It is a ``DistributedSampler`` so that Lightning leaves it as it is and calls ``set_epoch``.
 
     Args:
         lengths: ``(s,)`` length of each sample.
-        batch_size: samples a batch, on each rank.
+        batch_size: samples a batch, on each rank. Where it is 1 in training and the samples do not divide by the number
+            of ranks, some batches have two.
         shuffle: True in training.
         seed: seed of the order and of what batches draw.
         rank: this process.
@@ -60,10 +63,14 @@ class LengthSampler(DistributedSampler[Any]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        batches = -(-len(self.lengths) // self.batch_size)
         if self.shuffle:
-            return -(-batches // self.num_replicas)
-        return len(range(self.rank, batches, self.num_replicas))
+            steps = -(-self._batches() // self.num_replicas)
+            return min(steps, len(self.lengths) // self.num_replicas)
+        return len(range(self.rank, self._batches(), self.num_replicas))
+
+    def _batches(self) -> int:
+        """Batches of all ranks that hold all samples."""
+        return max(-(-len(self.lengths) // self.batch_size), min(self.num_replicas, len(self.lengths)))
 
     def __iter__(self) -> Iterator[BatchIndex]:
         batches = self._training() if self.shuffle else self._evaluation()
@@ -73,6 +80,8 @@ class LengthSampler(DistributedSampler[Any]):
     def _evaluation(self) -> list[NDArray[np.int64]]:
         # longest first: if memory does not suffice, that shows at once
         order = np.argsort(-self.lengths, kind="stable")
+        if len(order) <= self.batch_size * self.num_replicas:
+            return np.array_split(order, max(self._batches(), 1))[self.rank : self._batches() : self.num_replicas]
         starts = range(self.rank * self.batch_size, len(order), self.batch_size * self.num_replicas)
         return [order[start : start + self.batch_size] for start in starts]
 
@@ -100,6 +109,7 @@ class ResumableLoader(DataLoader[Batch]):
     an epoch goes on with the batches that it has not seen.
     """
 
+    _epoch: int = 0
     _consumed: int = 0
     _skip: tuple[int, int] | None = None
 
@@ -112,7 +122,7 @@ class ResumableLoader(DataLoader[Batch]):
             self._skip = None
             if epoch == sampler.epoch and consumed < len(sampler):
                 skip = consumed
-        self._consumed = skip
+        self._epoch, self._consumed = sampler.epoch, skip
         if skip == 0:
             for batch in super().__iter__():
                 self._consumed += 1
@@ -134,8 +144,8 @@ class ResumableLoader(DataLoader[Batch]):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of batches given out in it."""
-        assert isinstance(self.sampler, LengthSampler)
-        return {"epoch": self.sampler.epoch, "batches": self._consumed}
+        epoch, batches = (self._epoch, self._consumed) if self._skip is None else self._skip
+        return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration of the stored epoch starts after the stored number of batches."""
@@ -156,3 +166,22 @@ class _Rest(DistributedSampler[Any]):
         for number, index in enumerate(self.sampler):
             if number >= self.skip:
                 yield index
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def make_loader(dataset: Dataset[Batch], sampler: LengthSampler, num_workers: int = 0) -> ResumableLoader:
+    """The loader of the batches that ``sampler`` asks ``dataset`` for."""
+    return ResumableLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=_same,
+        # its own, so that making an iterator does not move the random numbers of training
+        generator=torch.Generator().manual_seed(sampler.seed),
+        pin_memory=torch.cuda.is_available(),
+    )

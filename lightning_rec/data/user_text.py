@@ -41,7 +41,9 @@ class UserTextMaker:
         self.histories = histories
         self.catalogue = catalogue
         self.limit = limit
-        self.reviews = None if reviews is None else [clean(text, cleaning) if text else "" for text in reviews]
+        self._titles: dict[int, str] = {}
+        wanted = reviews if "reviews" in self.template.fields else None
+        self.reviews = None if wanted is None else [clean(text, cleaning) if text else "" for text in wanted]
         self.profiles = self._read_profiles(users, cleaning)
         allowed = {"titles", "reviews"} | (set(users.column_names) - {"user_id"} if users is not None else set())
         missing = sorted(set(self.template.fields) - allowed)
@@ -63,15 +65,31 @@ class UserTextMaker:
         """Texts of ``users``, each from its events before the offset in ``ends``."""
         texts = []
         for user, end in zip(users.tolist(), ends.tolist(), strict=True):
-            start = max(int(self.histories.indptr[user]), end - self.limit)
-            rows = self.histories.items[start:end].tolist()
-            titles = [self.catalogue.display(row) for row in rows]
-            reviews: list[str] = []
-            if self.reviews is not None:
-                reviews = [self.reviews[event] for event in self.histories.event[start:end].tolist()]
+            first = int(self.histories.indptr[user])
+            rows = self.histories.items[max(first, end - self.limit) : end].tolist()
             profile = self.profiles.get(self.histories.user_ids[user], {})
-            texts.append(user_text(profile, [text for text in reviews if text], titles, self.template, self.limit, self.limit))
+            reviews = self._newest_reviews(first, end)
+            titles = [self._title(row) for row in rows]
+            texts.append(user_text(profile, reviews, titles, self.template, self.limit, self.limit))
         return texts
+
+    def _title(self, row: int) -> str:
+        """The title of a row; making it takes longer than a look-up, and popular items come again and again."""
+        title = self._titles.get(row)
+        if title is None:
+            title = self._titles[row] = self.catalogue.display(row)
+        return title
+
+    def _newest_reviews(self, first: int, end: int) -> list[str]:
+        """The newest reviews between two offsets, oldest first. Many events have none."""
+        found: list[str] = []
+        if self.reviews is not None:
+            for event in self.histories.event[first:end][::-1].tolist():
+                if len(found) == self.limit:
+                    break
+                if self.reviews[event]:
+                    found.append(self.reviews[event])
+        return found[::-1]
 
 
 def _clean_value(value: Any, cleaning: Sequence[str]) -> Any:
