@@ -34,7 +34,8 @@ class TwoTower(LightningModule):
         objective: what training minimises; softmax over the candidates when None.
         score: dot product when None, or ``lightning_rec.towers.score.Cosine`` with a temperature.
         metrics: ranking metrics of validation and test. None: HR, recall, precision, NDCG, MRR and MAP at 5, 10, 20
-            and 50, by slices of cold and warm items and of popularity, with coverage, novelty and Gini at 10.
+            and 50; HR and NDCG at 10 for warm and cold items and for thirds of popularity; coverage, novelty and Gini
+            at 10.
         lr: learning rate of all but the language models.
         language_lr: learning rate of pretrained language models and their adapters.
         weight_decay: AdamW's decay of matrices; norms and biases are not decayed.
