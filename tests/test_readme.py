@@ -1,0 +1,58 @@
+"""The README's code blocks are run as they stand, on the invented shop of tests/data."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_rec.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def named(text: str) -> str:
+    """The file name in a block's first line."""
+    return re.match(r"# (\S+)", text)[1]
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ lightning-rec ")]
+    return [line.split()[2:] for line in lines]
+
+
+def test_shop_of_the_readme(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tests/data/files/shop", tmp_path / "shop")
+    for text in (*blocks("yaml"), *blocks("python")):
+        (tmp_path / named(text)).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_REC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    ran = [command[0] for command in commands() if main([*command, "--trainer.accelerator", "cpu"])]
+    assert ran == ["fit", "test", "predict", "fit"]
+    predictions = next((tmp_path / "runs/shop").rglob("predictions.jsonl")).read_text().splitlines()
+    assert {json.loads(line)["user_id"] for line in predictions} == {f"u{number:03d}" for number in range(1, 41)}
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"`((?:lightning_rec|configs|scripts|tests)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"^(scripts/\S+\.sh)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+        assert (ROOT / command).stat().st_mode & 0o100, f"{command} can be run"
+
+
+@pytest.mark.slow
+def test_quickstart():
+    done = subprocess.run(
+        [ROOT / "scripts/quickstart.sh"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ndcg@10" in done.stdout
