@@ -51,8 +51,7 @@ def test_files_that_the_readme_names_exist():
 
 @pytest.mark.slow
 def test_quickstart():
-    done = subprocess.run(
-        [ROOT / "scripts/quickstart.sh"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
+    command = [ROOT / "scripts/quickstart.sh"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ndcg@10" in done.stdout
