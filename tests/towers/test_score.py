@@ -41,5 +41,5 @@ def test_a_fixed_temperature_is_not_trained():
 
 
 def test_a_temperature_out_of_bounds_is_refused():
-    with pytest.raises(ValueError, match="between 0.01 and 1"):
+    with pytest.raises(ValueError, match=r"between 0\.01 and 1"):
         Cosine(temperature=2.0)
