@@ -43,12 +43,13 @@ class ConfigSaver(SaveConfigCallback):
         """Writes the file once."""
         if self.already_saved:
             return
+        command = trainer.state.fn.value if trainer.state.fn else "run"
+        # on every rank: the log folder is agreed upon by a broadcast
+        if command == "fit":
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+        else:
+            folder = run_folder(trainer, self.config.get("ckpt_path"))
         if trainer.is_global_zero:
-            command = trainer.state.fn.value if trainer.state.fn else "run"
-            if command == "fit":
-                folder = Path(trainer.log_dir or trainer.default_root_dir)
-            else:
-                folder = run_folder(trainer, self.config.get("ckpt_path"))
             name = "config.yaml" if command == "fit" else f"{command}_config.yaml"
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(

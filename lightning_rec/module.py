@@ -346,7 +346,9 @@ class TwoTower(LightningModule):
             found |= value if isinstance(value, dict) else {type(metric).__name__.lower(): value}
             metric.reset()
         for name, value in found.items():
-            self.log(f"{stage}/{name}", torch.as_tensor(value, dtype=torch.float32), prog_bar=name == "ndcg@10")
+            figure = torch.as_tensor(value, dtype=torch.float32)
+            # the same on every device already; saying so to Lightning costs less than its warning about each figure
+            self.log(f"{stage}/{name}", figure, prog_bar=name == "ndcg@10", sync_dist=self.trainer.world_size > 1)
         self.forget_catalogue()
 
     def forget_catalogue(self) -> None:

@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 def run_folder(trainer: Trainer, ckpt_path: str | None = None) -> Path:
     """The folder of the run: that of the checkpoint in use, else that of the logger, else ``default_root_dir``.
 
+    Call it on every rank: they agree on the logger's folder by a broadcast.
+
     Args:
         trainer: the trainer of the run.
         ckpt_path: the checkpoint, where the trainer has not been told it yet.
@@ -33,10 +35,10 @@ class ResultWriter(Callback):
     """Writes ``validate_metrics.json`` and ``test_metrics.json``: metrics, protocol and checkpoint."""
 
     def _write(self, trainer: Trainer, stage: str) -> None:
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
         protocol = getattr(trainer.datamodule, "protocol", "")  # type: ignore[attr-defined]  # set by Lightning
-        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stage}_metrics.json"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -88,18 +90,15 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the users of all devices in order and writes them."""
-        joined = (
-            {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]} if self._parts else {}
-        )
+        joined = _joined(self._parts)
         self._parts = []
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, joined)
-            full = [part for part in gathered if part]
-            joined = {name: torch.cat([part[name] for part in full]) for name in full[0]} if full else {}
+            joined = _joined([part for part in gathered if part])
+        path = Path(self.path) if self.path else run_folder(trainer) / f"predictions.{self.format}"
         if trainer.is_global_zero:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
-            path = Path(self.path) if self.path else run_folder(trainer) / f"predictions.{self.format}"
             table = prediction_table(joined, data.asked_users, data.catalogue.ids)
             write_table(table, path, self.format)
             rank_zero_info(f"{len(data.asked_users):,} users: {table.num_rows:,} recommendations written to {path}.")
