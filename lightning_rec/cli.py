@@ -195,5 +195,10 @@ def _option(args: list[str], name: str) -> str | None:
     return None
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script: one command, whose exit status is 0 unless it raises or the parser refuses."""
     main()
+
+
+if __name__ == "__main__":
+    run()
