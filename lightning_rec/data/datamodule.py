@@ -299,7 +299,7 @@ class RecDataModule(LightningDataModule):
     def _loader(self, dataset: TrainDataset | EvaluationDataset, shuffle: bool = False) -> ResumableLoader:
         rank, world_size = self._place
         sampler = LengthSampler(
-            dataset.lengths,
+            dataset.sort_key,
             batch_size=self.batch_size if shuffle else self.eval_batch_size,
             shuffle=shuffle,
             seed=self.seed,

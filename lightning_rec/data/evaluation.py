@@ -55,9 +55,9 @@ class EvaluationDataset(Dataset[Batch]):
         return len(self.users)
 
     @property
-    def lengths(self) -> Int:
-        """``(s,)`` length of the history that the model reads."""
-        return np.minimum(self.cuts - self.histories.indptr[self.users], self.max_history)
+    def sort_key(self) -> Int:
+        """``(s,)`` what users are alike in when they make a batch: their whole history, which ``seen`` holds."""
+        return self.cuts - self.histories.indptr[self.users]
 
     def filtered_targets(self) -> int:
         """Number of targets that ``filter_seen`` turns into misses, since their user touched them before."""

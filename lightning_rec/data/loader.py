@@ -26,7 +26,7 @@ class LengthSampler(DistributedSampler[Any]):
     It is a ``DistributedSampler`` so that Lightning leaves it as it is and calls ``set_epoch``.
 
     Args:
-        lengths: ``(s,)`` length of each sample.
+        lengths: ``(s,)`` length of each sample, or any other number in which the samples of a batch should be alike.
         batch_size: samples a batch, on each rank. Where it is 1 in training and the samples do not divide by the number
             of ranks, some batches have two.
         shuffle: True in training.

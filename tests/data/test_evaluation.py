@@ -140,7 +140,7 @@ def test_prediction_serves_users_in_order_with_or_without_a_history():
     touched = build_histories(np.array([2, 1]), np.array([7, 8]), np.array([9, 9]), user_ids=["", "a", "b", "c"])
     users = np.array([3, 0, 1, 2, 3])
     dataset = EvaluationDataset(histories, users, histories.indptr[users + 1], None, 2, True, touched)
-    assert dataset.lengths.tolist() == [1, 0, 2, 0, 1]
+    assert dataset.sort_key.tolist() == [1, 0, 3, 0, 1]  # all of the history, since `seen` holds it
     batch = everything(dataset)
     assert batch.users.users.tolist() == [3, 0, 1, 2, 3]
     assert batch.index.tolist() == [0, 1, 2, 3, 4]
