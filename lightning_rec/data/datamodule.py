@@ -51,7 +51,8 @@ class RecDataModule(LightningDataModule):
         min_rating: the positive rule: an interaction with a lower rating is not positive. It is kept out of histories
             and targets, but counts as touched for ``filter_seen``. An interaction without a rating is positive. None
             takes the domain's rule.
-        rating_range: lowest and highest possible rating, for rating regression. None takes what the data holds.
+        rating_range: lowest and highest possible rating, for rating regression. None takes the range of the
+            training ratings.
         repeats: what happens to repeats of one user and item: ``keep`` them all, or only the ``first`` or ``last``.
         min_user_events: drop users with fewer positive interactions, and (with ``min_item_events``) repeat until both
             minimums hold: the k-core.
@@ -237,9 +238,17 @@ class RecDataModule(LightningDataModule):
         self.train_counts = self.split.train_counts(self.histories, len(self.catalogue))
         self.user_texts = self._user_texts(raw)
         self.report = raw.report
-        if self.rating_range is None and ratings is not None and np.isfinite(ratings).any():
-            self.rating_range = (float(np.nanmin(ratings)), float(np.nanmax(ratings)))
+        if self.rating_range is None:
+            self.rating_range = self._training_range()
         self._describe()
+
+    def _training_range(self) -> tuple[float, float] | None:
+        """Lowest and highest rating of the training part; what comes later must not shape the model."""
+        if self.histories.ratings is None:
+            return None
+        ratings = self.histories.ratings[self.split.in_part(self.histories, "train")]
+        ratings = ratings[np.isfinite(ratings)]
+        return (float(ratings.min()), float(ratings.max())) if len(ratings) else None
 
     def _split(self) -> Split:
         if self.split_name == "leave_one_out":
@@ -265,6 +274,11 @@ class RecDataModule(LightningDataModule):
         lines.append("Histories: " + _counted(self.histories.report))
         lines.append(self.protocol)
         lines.append("Split: " + _counted(self.split.counts))
+        if not self.split.counts["validation_users"]:
+            lines.append(
+                "Nobody can be validated on, so there is no val/ndcg@10 to choose a checkpoint by: lower min_events or "
+                "min_rating, move validation_start, or set trainer.limit_val_batches: 0 and checkpoint.monitor: null."
+            )
         missed = self.evaluation_dataset("test").filtered_targets()
         if missed:
             lines.append(

@@ -130,4 +130,6 @@ class UserTower(Tower):
         Returns:
             ``(b, t, d)``: at every step of the history the interest after that event, from what came up to it and
             nothing later; or ``(b, 1, d)``: one interest vector from the whole history (a tower that cannot be causal).
+            ``users.texts`` and ``users.times`` are those of the whole history: a tower that returns a vector a step
+            must not let a step see them beyond itself.
         """
