@@ -31,6 +31,7 @@ from lightning_rec.data.loader import LengthSampler, ResumableLoader, make_loade
 from lightning_rec.data.readers.base import RawData, Reader
 from lightning_rec.data.sampling import NegativeSampler
 from lightning_rec.data.split import Split, build_histories, global_time, leave_one_out
+from lightning_rec.data.summary import describe
 from lightning_rec.data.text import DEFAULT_CLEANING
 from lightning_rec.data.user_text import UserTextMaker
 
@@ -240,7 +241,10 @@ class RecDataModule(LightningDataModule):
         self.report = raw.report
         if self.rating_range is None:
             self.rating_range = self._training_range()
-        self._describe()
+        missed = self.evaluation_dataset("test").filtered_targets()
+        rank_zero_info(
+            describe(self.report, self.catalogue, self.histories, self.split, protocol=self.protocol, missed=missed)
+        )
 
     def _training_range(self) -> tuple[float, float] | None:
         """Lowest and highest rating of the training part; what comes later must not shape the model."""
@@ -268,24 +272,6 @@ class RecDataModule(LightningDataModule):
             limit=self.user_titles,
             cleaning=self.cleaning,
         )
-
-    def _describe(self) -> None:
-        lines = [str(self.report).rstrip(), f"Catalogue: {len(self.catalogue) - 1:,} items."]
-        lines.append("Histories: " + _counted(self.histories.report))
-        lines.append(self.protocol)
-        lines.append("Split: " + _counted(self.split.counts))
-        if not self.split.counts["validation_users"]:
-            lines.append(
-                "Nobody can be validated on, so there is no val/ndcg@10 to choose a checkpoint by: lower min_events or "
-                "min_rating, move validation_start, or set trainer.limit_val_batches: 0 and checkpoint.monitor: null."
-            )
-        missed = self.evaluation_dataset("test").filtered_targets()
-        if missed:
-            lines.append(
-                f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: "
-                "first, or filter_seen: false, if they should be found."
-            )
-        rank_zero_info("\n".join(line for line in lines if line))
 
     @property
     def protocol(self) -> str:
@@ -387,11 +373,6 @@ class RecDataModule(LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Every user asked for, once."""
         return self._loader(self.prediction_dataset())
-
-
-def _counted(counts: dict[str, int]) -> str:
-    """Counts that are not 0, as one line."""
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) + "."
 
 
 def _column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:

@@ -123,8 +123,8 @@ class LanguageUserTower(UserTower):
         """
         if users.texts is None:
             raise ValueError(
-                "The language user tower reads users' texts, but the data module made none: set its user_template option "
-                "(data.init_args.user_template) to what a user's text is made of."
+                "The language user tower reads users' texts, but the data module made none: set its option "
+                "user_template (data.init_args.user_template) to what a user's text is made of."
             )
         features = self.norm(self._features(users.texts, items.device))
         return self.projection(F.dropout(features, self.dropout, self.training))[:, None]
