@@ -34,8 +34,8 @@ def describe(
         )
     if missed:
         lines.append(
-            f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: first, or "
-            "filter_seen: false, if they should be found."
+            f"{missed:,} test targets were touched before and are filtered: they count as misses. Set repeats: first, "
+            "or filter_seen: false, if they should be found."
         )
     return "\n".join(line for line in lines if line)
 
