@@ -66,7 +66,22 @@ def on_save(module: TwoTower, checkpoint: dict[str, Any]) -> None:
         "ids_digest": module.ids_digest,
         "users_digest": module.users_digest,
     }
-    checkpoint["random_state"] = torch.get_rng_state()
+    checkpoint["random_state"] = random_state(module.device)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of the random numbers of the CPU, and of the device where that is a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Goes on with the random numbers of :func:`random_state`; a GPU's only where the run is on a GPU again."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def on_load(module: TwoTower, checkpoint: dict[str, Any], view: CatalogueView | None) -> None:
@@ -102,7 +117,7 @@ def on_load(module: TwoTower, checkpoint: dict[str, Any], view: CatalogueView | 
     current = module.state_dict()
     checkpoint["state_dict"] = {name: given.get(name, current[name]) for name in current}
     if "random_state" in checkpoint and checkpoint.get("global_step", 0) > 0:
-        module.restored_random_state = checkpoint["random_state"].cpu()
+        module.restored_random_state = checkpoint["random_state"]
 
 
 def _other_catalogue(module: TwoTower, sizes: dict[str, Any], view: CatalogueView | None) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,40 +15,49 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_rec.callbacks import PredictionWriter, ResultWriter, run_folder
+from lightning_rec.cli_errors import RecArgumentParser, end_with
 from lightning_rec.data import RecDataModule
 from lightning_rec.run_files import checkpoint_config, resolve_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
 
-class RecArgumentParser(LightningArgumentParser):
-    """Names the option that was meant when one is misspelt."""
+class PatientStopping(EarlyStopping):
+    """Lightning's ``EarlyStopping``, but a resumed run has the patience that its own config names."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Adds a suggestion to the parser's message and ends with exit code 2."""
-        super().error(message + _suggestion(message, self._known_keys()), ex)
-
-    def _known_keys(self) -> set[str]:
-        return {action.dest for action in self._actions}
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the best score and how long it has stood from a checkpoint."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves what ran: ``config.yaml`` beside the logs of a fit, ``test_config.yaml`` and so on in a run's folder."""
+    """Saves what ran: ``config.yaml`` in the folder of a fit, ``test_config.yaml`` and so on in that of its checkpoint.
+
+    W&B and TensorBoard get it too.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the file once."""
+        """Writes the file of any command but ``fit``."""
+        if trainer.state.fn is not None and trainer.state.fn.value != "fit":
+            self._save(trainer, f"{trainer.state.fn.value}_config.yaml")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the file of ``fit``, whose folder is known only now that the checkpoint callback is set up."""
+        self._save(trainer, "config.yaml")
+        if trainer.is_global_zero and trainer.loggers:
+            config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger | TensorBoardLogger):
+                    logger.log_hyperparams(config)
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        folder = run_folder(trainer, self.config.get("ckpt_path"))  # on every rank, see there
         if self.already_saved:
             return
-        command = trainer.state.fn.value if trainer.state.fn else "run"
-        # on every rank: the log folder is agreed upon by a broadcast
-        if command == "fit":
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-        else:
-            folder = run_folder(trainer, self.config.get("ckpt_path"))
         if trainer.is_global_zero:
-            name = "config.yaml" if command == "fit" else f"{command}_config.yaml"
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(
                 self.config, str(folder / name), skip_unset=False, overwrite=True, multifile=False, format="yaml"
@@ -64,7 +71,7 @@ class RecCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each of their options can be set."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(PatientStopping, "early_stopping")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(
             {
@@ -101,9 +108,21 @@ class RecCLI(LightningCLI):
             config["ckpt_path"] = str(path)
             if config.checkpoint.dirpath is None and path.parent.name == "checkpoints":
                 config.checkpoint["dirpath"] = str(path.parent)
+            if self.subcommand == "fit":
+                _same_wandb_run(config.trainer.logger, path)
         if self.subcommand != "fit" and config.trainer.logger is None:
             config.trainer["logger"] = False
         quiet_wandb()
+
+
+def _same_wandb_run(logger: Any, checkpoint: Path) -> None:
+    """A resumed run goes on in its own W&B run, whose id is the name of its folder."""
+    if not isinstance(logger, Namespace) or not str(logger.class_path).endswith("WandbLogger"):
+        return
+    run = checkpoint.resolve().parent.parent
+    if logger.init_args.get("id") is None and run.parent.name == logger.init_args.get("project"):
+        logger.init_args["id"] = run.name
+        logger["dict_kwargs"] = {"resume": "allow", **dict(logger.get("dict_kwargs") or {})}
 
 
 def quiet_wandb() -> None:
@@ -116,19 +135,6 @@ def quiet_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def _suggestion(message: str, keys: set[str]) -> str:
-    """A sentence naming the option that a misspelt one resembles, or an empty string."""
-    unknown = re.findall(r"[Kk]ey \"?'?([\w.@/]+)|--([\w.]+)", message)
-    for match in unknown:
-        name = next(part for part in match if part)
-        if name in keys:
-            continue
-        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-        if near:
-            return f"\nDid you mean {near[0]}?"
-    return ""
-
-
 def main(args: Sequence[str] | None = None) -> RecCLI:
     """Runs one command.
 
@@ -137,12 +143,24 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
 
     Returns:
         The finished CLI, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        SystemExit: with code 2 after the sentence that says what is wrong with an option, a file or a row.
+            ``LIGHTNING_REC_DEBUG=1`` in the environment shows the traceback instead.
     """
     # a user's own towers may lie in the working directory
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     torch.set_float32_matmul_precision("high")
     given = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(given)
+    except Exception as error:
+        end_with(error)
+        raise
+
+
+def _run(args: list[str]) -> RecCLI:
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [sys.argv[0]]  # Lightning warns when both are there
         return RecCLI(
@@ -156,7 +174,7 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
             parser_kwargs={"prog": "lightning-rec", "description": DESCRIPTION},
             seed_everything_default=0,
             trainer_defaults={"callbacks": [ResultWriter()]},
-            args=with_checkpoint_config(given, Path(folder)),
+            args=with_checkpoint_config(args, Path(folder)),
         )
 
 

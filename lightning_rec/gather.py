@@ -1,4 +1,4 @@
-"""Training over several devices: candidates of all of them, and the mean over all their supervised steps."""
+"""The candidates of a step: which of them a user knows, and those of several devices put together."""
 
 from __future__ import annotations
 
@@ -69,3 +69,23 @@ def gather_candidates(
         all_missed = (_all(module, missed).view(world, width) * shares[:, None]).reshape(-1)
         union_log_q = torch.log(-torch.expm1(all_missed[first[shift:]]).clamp(max=-1e-30))
     return all_vectors[first[shift:]], union[shift:], own[target], union_log_q
+
+
+def known_columns(known: Tensor, rows: Tensor, n_rows: int, whole: bool) -> Tensor:
+    """Candidate columns of known items.
+
+    Args:
+        known: ``(b, k)`` catalogue rows, padded with 0.
+        rows: ``(c,)`` catalogue rows of the candidates.
+        n_rows: rows of the catalogue.
+        whole: the candidates are all rows from 1 on.
+
+    Returns:
+        ``(b, k')`` columns, padded with -1; ``k'`` is the largest number of known candidates of a user.
+    """
+    if whole:
+        return known - 1
+    column = torch.full((n_rows,), -1, dtype=torch.int64, device=known.device)
+    column[rows] = torch.arange(len(rows), device=known.device)
+    columns = column[known].sort(dim=1, descending=True).values
+    return columns[:, : int((columns >= 0).sum(1).max()) if columns.numel() else 0]

@@ -14,11 +14,11 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_rec import checkpoint as saved
 from lightning_rec.data.batch import Batch, CatalogueView, ItemBatch
-from lightning_rec.gather import across_ranks, gather_candidates
+from lightning_rec.gather import across_ranks, gather_candidates, known_columns
 from lightning_rec.metrics import BeyondAccuracy, RankingMetric, RankingMetrics, RankingResult, RatingMetrics
 from lightning_rec.metrics.ranks import ScoreTable, rank_and_top, top_k
 from lightning_rec.objectives import Objective, Softmax
-from lightning_rec.optim import Schedule, parameter_groups, scheduler
+from lightning_rec.optim import Schedule, keep_settings, parameter_groups, scheduler, settings
 from lightning_rec.towers import ItemTower, UserTower, parameter_summary
 from lightning_rec.towers.score import Dot, Score
 
@@ -94,8 +94,9 @@ class TwoTower(LightningModule):
         self.top_k = top_k
         self.chunk_size = chunk_size
         self._losses: list[Tensor] = []
+        self._settings: list[dict[str, Any]] = []
         self._prepared: str | None = None
-        self.restored_random_state: Tensor | None = None
+        self.restored_random_state: dict[str, Tensor] | None = None
         self._configured = False
         self._catalogue: Tensor | None = None
         self._table: ScoreTable | None = None
@@ -156,15 +157,17 @@ class TwoTower(LightningModule):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
-        """A resumed run goes on with the batches that it has not seen."""
+        """A resumed run goes on with the batches that it has not seen, and with the settings of its own config."""
         # A schedule that asked for the number of steps made the loader before the checkpoint's loops were read, and
         # Lightning gives the loader its place in the epoch only when it makes it.
         self.trainer.fit_loop._load_combined_loader_states()
+        if self.trainer.ckpt_path is not None:
+            keep_settings(self.trainer.optimizers, self.trainer.lr_scheduler_configs, self._settings)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """A resumed run goes on with the random numbers of the checkpoint."""
         if self.restored_random_state is not None:
-            torch.set_rng_state(self.restored_random_state)
+            saved.set_random_state(self.restored_random_state, self.device)
             self.restored_random_state = None
 
     # ------------------------------------------------------------------ training
@@ -254,6 +257,7 @@ class TwoTower(LightningModule):
         else:
             fused = self.device.type == "cpu"  # half the time of a step of the default on a CPU
             optimizer = AdamW(groups, lr=self.lr, fused=fused)
+        self._settings = settings(optimizer)
         if self.lr_scheduler is not None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer)}}
         total = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
@@ -400,23 +404,3 @@ def default_metrics() -> list[RankingMetric]:
         RankingMetrics(ks=(10,), names=("hr", "ndcg"), slices=("warm", "cold", "head", "torso", "tail")),
         BeyondAccuracy(k=10),
     ]
-
-
-def known_columns(known: Tensor, rows: Tensor, n_rows: int, whole: bool) -> Tensor:
-    """Candidate columns of known items.
-
-    Args:
-        known: ``(b, k)`` catalogue rows, padded with 0.
-        rows: ``(c,)`` catalogue rows of the candidates.
-        n_rows: rows of the catalogue.
-        whole: the candidates are all rows from 1 on.
-
-    Returns:
-        ``(b, k')`` columns, padded with -1; ``k'`` is the largest number of known candidates of a user.
-    """
-    if whole:
-        return known - 1
-    column = torch.full((n_rows,), -1, dtype=torch.int64, device=known.device)
-    column[rows] = torch.arange(len(rows), device=known.device)
-    columns = column[known].sort(dim=1, descending=True).values
-    return columns[:, : int((columns >= 0).sum(1).max()) if columns.numel() else 0]

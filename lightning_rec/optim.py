@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -75,3 +76,33 @@ def warm_up(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callab
 def scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
     """The learning-rate scheduler of :func:`warm_up`."""
     return LambdaLR(optimizer, warm_up(schedule, warmup_steps, total_steps))
+
+
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each parameter group: learning rate, decay and so on."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def keep_settings(
+    optimizers: Iterable[Optimizer], schedulers: Iterable[LRSchedulerConfig], configured: list[dict[str, Any]]
+) -> None:
+    """Puts the settings of the config back, after a checkpoint has brought its own along.
+
+    Moments, step counts and the place in the schedule stay those of the checkpoint.
+
+    Args:
+        optimizers: the optimizer of the run.
+        schedulers: its scheduler.
+        configured: what :func:`settings` said before the checkpoint was loaded.
+    """
+    for optimizer in optimizers:
+        for group, wanted in zip(optimizer.param_groups, configured, strict=True):
+            base = group.get("initial_lr", group["lr"])
+            group.update({name: value for name, value in wanted.items() if name not in ("lr", "initial_lr")})
+            if wanted["lr"] is not None and base:
+                group["lr"] = group["lr"] * (wanted["lr"] / base)
+            if "initial_lr" in group:
+                group["initial_lr"] = wanted["lr"]
+    for entry in schedulers:
+        if hasattr(entry.scheduler, "base_lrs"):
+            entry.scheduler.base_lrs = [wanted["lr"] for wanted in configured]

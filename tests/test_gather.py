@@ -18,7 +18,7 @@ from lightning_rec import EcommerceDataModule, TwoTower
 from lightning_rec.cli import main
 from lightning_rec.data.collate import BatchIndex
 from lightning_rec.data.readers import Files
-from lightning_rec.module import known_columns
+from lightning_rec.gather import known_columns
 from lightning_rec.objectives import BCE, BPR, RatingRegression, Softmax
 from lightning_rec.towers import IdItemTower, PooledUserTower, SequenceUserTower
 
@@ -141,10 +141,6 @@ def test_without_gathering_each_half_has_its_own_candidates(data):
     losses = [module.loss(half).item() for half in halves]
     found, _ = in_two_processes(step_of_one_rank, module, halves)
     assert found[0] == pytest.approx(np.average(losses, weights=steps), rel=1e-6)
-
-
-def one_candidate_each(rank, module, halves):
-    return attach(module, rank).loss(halves[rank]).item()
 
 
 def test_log_q_of_the_union_is_that_of_the_whole_batch(data):

@@ -16,19 +16,22 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 def run_folder(trainer: Trainer, ckpt_path: str | None = None) -> Path:
-    """The folder of the run: that of the checkpoint in use, else that of the logger, else ``default_root_dir``.
+    """The folder of the run: above its checkpoints, else that of the logger, else ``default_root_dir``.
 
-    Call it on every rank: they agree on the logger's folder by a broadcast.
+    A fit's checkpoints are those that it writes, any other command's the one that it reads. Call it on every rank: they
+    agree on the logger's folder by a broadcast.
 
     Args:
         trainer: the trainer of the run.
         ckpt_path: the checkpoint, where the trainer has not been told it yet.
     """
+    logged = trainer.log_dir or trainer.default_root_dir
+    written = getattr(trainer.checkpoint_callback, "dirpath", None) if trainer.state.fn == "fit" else None
     path = ckpt_path or trainer.ckpt_path
-    if path is not None:
-        folder = Path(path).resolve().parent
-        return folder.parent if folder.name == "checkpoints" else folder
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    if written is None and path is None:
+        return Path(logged)
+    folder = Path(written) if written is not None else Path(str(path)).resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 class ResultWriter(Callback):
