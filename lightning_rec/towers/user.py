@@ -47,7 +47,8 @@ class SequenceUserTower(UserTower):
         positions_from: ``end`` counts positions back from the newest event of a history (SASRec's left-padded
             layout), ``start`` from its oldest, ``none`` uses no positions.
         scale_items: multiply item vectors by the root of their width before positions are added, as SASRec does.
-        input_norm: normalise the sum of item vector and position before the first block.
+        input_norm: normalise the sum of item vector and position before the first block. Item vectors start small; so
+            normalised they weigh as much as what the blocks add, and the interest stays near the newest items.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class SequenceUserTower(UserTower):
         norm: Literal["pre", "post"] = "pre",
         positions_from: Literal["end", "start", "none"] = "end",
         scale_items: bool = False,
-        input_norm: bool = False,
+        input_norm: bool = True,
     ) -> None:
         super().__init__()
         if blocks < 0 or heads < 1 or max_length < 1:
