@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lightning_rec.data.batch import Batch, ItemBatch, UserBatch
+from lightning_rec.data.histories import Histories
 from lightning_rec.data.sampling import NegativeSampler
-from lightning_rec.data.split import Histories
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]

@@ -27,10 +27,11 @@ from lightning_rec.data.collate import (
     training_samples,
 )
 from lightning_rec.data.evaluation import EvaluationDataset, asked_users
+from lightning_rec.data.histories import build_histories
 from lightning_rec.data.loader import LengthSampler, ResumableLoader, make_loader
 from lightning_rec.data.readers.base import RawData, Reader
 from lightning_rec.data.sampling import NegativeSampler
-from lightning_rec.data.split import Split, build_histories, global_time, leave_one_out
+from lightning_rec.data.split import Split, global_time, leave_one_out, refit
 from lightning_rec.data.summary import describe
 from lightning_rec.data.text import DEFAULT_CLEANING
 from lightning_rec.data.user_text import UserTextMaker
@@ -65,6 +66,8 @@ class RecDataModule(LightningDataModule):
         min_events: leave-one-out: users with fewer events are trained on but not evaluated.
         validation_start: global time: a share of all events (0.8), a time in seconds or an ISO date.
         test_start: global time: likewise.
+        fit_on: ``train``; or ``train_validation`` for a last fit once all settings are chosen: there is no validation
+            then, so set ``trainer.max_epochs``, ``checkpoint.monitor: null`` and test with ``ckpt_path: last``.
         max_history: longest history that the towers read, in events; the newest are kept.
         windows: ``newest``: train on the newest ``max_history`` events of each user; ``all``: cut longer histories
             into windows, so that every event is trained on.
@@ -108,6 +111,7 @@ class RecDataModule(LightningDataModule):
         min_events: int = 3,
         validation_start: float | int | str = 0.8,
         test_start: float | int | str = 0.9,
+        fit_on: Literal["train", "train_validation"] = "train",
         max_history: int = 50,
         windows: Literal["newest", "all"] = "newest",
         supervision: Supervision = "every",
@@ -148,6 +152,7 @@ class RecDataModule(LightningDataModule):
         self.min_events = min_events
         self.validation_start = validation_start
         self.test_start = test_start
+        self.fit_on = fit_on
         self.max_history = max_history
         self.windows = windows
         self.supervision = supervision
@@ -236,6 +241,8 @@ class RecDataModule(LightningDataModule):
             else None
         )
         self.split = self._split()
+        if self.fit_on == "train_validation":
+            self.split = refit(self.split, self.histories)
         self.train_counts = self.split.train_counts(self.histories, len(self.catalogue))
         self.user_texts = self._user_texts(raw)
         self.report = raw.report

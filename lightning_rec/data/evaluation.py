@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_rec.data.batch import Batch, UserBatch
 from lightning_rec.data.collate import BatchIndex, Int, UserTexts, distinct_pairs, gather_flat, gather_slices
-from lightning_rec.data.split import Histories
+from lightning_rec.data.histories import Histories
 
 
 class EvaluationDataset(Dataset[Batch]):

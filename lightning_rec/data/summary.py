@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from lightning_rec.data.catalogue import Catalogue
+from lightning_rec.data.histories import Histories
 from lightning_rec.data.readers.base import ReadReport
-from lightning_rec.data.split import Histories, Split
+from lightning_rec.data.split import Split
 
 
 def describe(

@@ -10,7 +10,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from lightning_rec.data.catalogue import Catalogue
-from lightning_rec.data.split import Histories
+from lightning_rec.data.histories import Histories
 from lightning_rec.data.text import Template, clean, user_text
 
 

@@ -13,8 +13,9 @@ from lightning_rec.data.collate import (
     target_chances,
     training_samples,
 )
+from lightning_rec.data.histories import build_histories
 from lightning_rec.data.sampling import NegativeSampler
-from lightning_rec.data.split import build_histories, leave_one_out
+from lightning_rec.data.split import leave_one_out
 
 N_ITEMS = 25
 

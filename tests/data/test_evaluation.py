@@ -3,7 +3,8 @@ import pytest
 
 from lightning_rec.data.collate import BatchIndex
 from lightning_rec.data.evaluation import EvaluationDataset, asked_users
-from lightning_rec.data.split import build_histories, global_time, leave_one_out
+from lightning_rec.data.histories import build_histories
+from lightning_rec.data.split import global_time, leave_one_out
 
 
 def random_data(seed, with_times=True, n=300, n_users=20, n_items=15):

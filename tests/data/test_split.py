@@ -4,7 +4,8 @@ from datetime import date
 import numpy as np
 import pytest
 
-from lightning_rec.data.split import build_histories, global_time, k_core, leave_one_out
+from lightning_rec.data.histories import build_histories, k_core
+from lightning_rec.data.split import global_time, leave_one_out, refit
 
 
 def names(n_users):
@@ -263,3 +264,20 @@ def test_global_time_errors_name_the_remedy():
     for value in ("soon", float("nan"), True, None):
         with pytest.raises(ValueError, match="validation_start is"):
             global_time(histories, value, 20)
+
+
+def test_refit_trains_on_validation_and_leaves_the_test_alone():
+    histories = build_histories(
+        np.array([1, 1, 1, 1, 2, 2, 3, 3, 3]),
+        np.array([1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        user_ids=["", "a", "b", "c"],
+    )
+    split = leave_one_out(histories)
+    last = refit(split, histories)
+    assert histories.items[last.in_part(histories, "train")].tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert not last.in_part(histories, "validation").any()
+    assert last.users(histories, "validation").tolist() == []
+    assert last.in_part(histories, "test").tolist() == split.in_part(histories, "test").tolist()
+    assert last.users(histories, "test").tolist() == split.users(histories, "test").tolist() == [1, 3]
+    assert last.counts["train_events"] == 7
+    assert "validation events are trained on" in last.description

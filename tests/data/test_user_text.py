@@ -3,7 +3,8 @@ import pytest
 from datasets import Dataset
 
 from lightning_rec.data.catalogue import Catalogue
-from lightning_rec.data.split import build_histories, leave_one_out
+from lightning_rec.data.histories import build_histories
+from lightning_rec.data.split import leave_one_out
 from lightning_rec.data.user_text import UserTextMaker
 
 TITLES = ["Red shoe", "Blue boot", "<b>Green</b> hat", "Old film"]
