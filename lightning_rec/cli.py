@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class RecCLI(LightningCLI):
             config.trainer["logger"] = False
         quiet_wandb()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the run's folder absolute, by which a resumed run knows its own checkpoints again."""
+        root = self._get(self.config_init, "trainer").default_root_dir
+        return super().instantiate_trainer(default_root_dir=os.path.abspath(root or "."), **kwargs)
+
 
 def _same_wandb_run(logger: Any, checkpoint: Path) -> None:
     """A resumed run goes on in its own W&B run, whose id is the name of its folder."""
@@ -152,6 +158,9 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     torch.set_float32_matmul_precision("high")
+    # what Lightning 2.6 calls of newer jsonargparse and torch is none of the user's business
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     given = list(sys.argv[1:] if args is None else args)
     try:
         return _run(given)
@@ -173,7 +182,8 @@ def _run(args: list[str]) -> RecCLI:
             parser_class=RecArgumentParser,
             parser_kwargs={"prog": "lightning-rec", "description": DESCRIPTION},
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [ResultWriter()]},
+            # a small data set has few steps an epoch
+            trainer_defaults={"callbacks": [ResultWriter()], "log_every_n_steps": 10},
             args=with_checkpoint_config(args, Path(folder)),
         )
 
