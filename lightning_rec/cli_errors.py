@@ -150,22 +150,25 @@ def _near_class(class_path: str) -> str:
     return f"Did you mean {' or '.join(paths)}?\n" if paths else ""
 
 
-def is_user_error(error: BaseException) -> bool:
-    """True for an error that this package raised on purpose, with a sentence that says what to do.
+def user_error(error: BaseException) -> BaseException | None:
+    """The error that this package raised on purpose, with a sentence that says what to do, or None.
 
     Such an error comes from a ``raise`` statement in this package. Whatever Python or a library raises, and whatever is
-    raised by accident in a line of ours, is a bug and keeps its traceback.
+    raised by accident in a line of ours, is a bug and keeps its traceback. Where a constructor raised it, jsonargparse
+    has wrapped it in an error about types.
     """
-    if not isinstance(error, _USER_ERRORS) or isinstance(error, NotImplementedError):
-        return False
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    file = Path(trace.tb_frame.f_code.co_filename)
-    line = linecache.getline(str(file), trace.tb_lineno).lstrip()
-    return PACKAGE in file.resolve().parents and line.startswith("raise ")
+    found: BaseException | None = error
+    while found is not None and found.__traceback__ is not None:
+        trace = found.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        file = Path(trace.tb_frame.f_code.co_filename).resolve()
+        if PACKAGE in file.parents:
+            line = linecache.getline(str(file), trace.tb_lineno).lstrip()
+            on_purpose = isinstance(found, _USER_ERRORS) and not isinstance(found, NotImplementedError)
+            return found if on_purpose and line.startswith("raise ") else None
+        found = found.__cause__ if "jsonargparse" in file.parts else None
+    return None
 
 
 def end_with(error: BaseException) -> None:
@@ -173,7 +176,8 @@ def end_with(error: BaseException) -> None:
 
     ``LIGHTNING_REC_DEBUG=1`` keeps every traceback.
     """
-    if os.environ.get("LIGHTNING_REC_DEBUG", "0") not in ("", "0") or not is_user_error(error):
+    found = user_error(error)
+    if found is None or os.environ.get("LIGHTNING_REC_DEBUG", "0") not in ("", "0"):
         return
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {found}\n")
     raise SystemExit(2) from error

@@ -34,13 +34,14 @@ class ExampleTable(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
         if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
             return
+        step = max(0, trainer.global_step - 1)  # where Lightning logs the figures of this validation
         rows = self.rows(trainer.datamodule, pl_module)  # type: ignore[attr-defined]  # set by Lightning
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_table("examples", columns=COLUMNS, data=rows, step=trainer.global_step)
+                logger.log_table("examples", columns=COLUMNS, data=rows, step=step)
             else:
                 lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(row) for row in rows)]
-                logger.experiment.add_text("examples", "\n".join(lines), trainer.global_step)
+                logger.experiment.add_text("examples", "\n".join(lines), step)
 
     def rows(self, data: Any, module: Any) -> list[list[str]]:
         """One row a user: raw id, newest titles, recommended titles, and what the user chose next."""
