@@ -14,24 +14,16 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_rec.callbacks import PredictionWriter, ResultWriter, run_folder
+from lightning_rec.callbacks.resumption import PatientStopping, RunCheckpoint
 from lightning_rec.cli_errors import RecArgumentParser, end_with
 from lightning_rec.data import RecDataModule
 from lightning_rec.run_files import checkpoint_config, resolve_checkpoint
 
 COMMANDS = ("fit", "validate", "test", "predict")
-
-
-class PatientStopping(EarlyStopping):
-    """Lightning's ``EarlyStopping``, but a resumed run has the patience that its own config names."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the best score and how long it has stood from a checkpoint."""
-        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -71,7 +63,7 @@ class RecCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has; each of their options can be set."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PatientStopping, "early_stopping")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.set_defaults(

@@ -128,7 +128,7 @@ def class_parameters(class_path: str) -> list[str]:
     for base in inspect.getmro(found):
         if "__init__" not in vars(base):
             continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         names |= dict.fromkeys(parameter.name for parameter in parameters if parameter.kind in named)
         if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters):

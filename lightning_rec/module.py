@@ -97,7 +97,7 @@ class TwoTower(LightningModule):
         self._settings: list[dict[str, Any]] = []
         self._prepared: str | None = None
         self.restored_random_state: dict[str, Tensor] | None = None
-        self._configured = False
+        self.is_built = False  # True once the towers have their parameters
         self._catalogue: Tensor | None = None
         self._table: ScoreTable | None = None
 
@@ -106,7 +106,7 @@ class TwoTower(LightningModule):
     def configure_model(self) -> None:
         """Builds the towers once, sized by the data; a checkpoint without data brings its own sizes later."""
         view = self._view
-        if view is not None and not self._configured:
+        if view is not None and not self.is_built:
             self.build(view)
 
     @property
@@ -129,12 +129,7 @@ class TwoTower(LightningModule):
         counts = torch.zeros(view.n_rows, dtype=torch.int64) if view.counts is None else view.counts
         self.register_buffer("train_counts", counts.clone())
         self.ids_digest, self.users_digest = view.ids_digest, view.users_digest
-        self._configured = True
-
-    @property
-    def is_built(self) -> bool:
-        """True once the towers have their parameters."""
-        return self._configured
+        self.is_built = True
 
     def _prepare(self) -> None:
         """Attaches the data set to the towers: once for each catalogue."""
@@ -158,8 +153,7 @@ class TwoTower(LightningModule):
 
     def on_train_start(self) -> None:
         """A resumed run goes on with the batches that it has not seen, and with the settings of its own config."""
-        # A schedule that asked for the number of steps made the loader before the checkpoint's loops were read, and
-        # Lightning gives the loader its place in the epoch only when it makes it.
+        # Lightning tells a loader its place where it makes it, but a schedule that counts steps made it before.
         self.trainer.fit_loop._load_combined_loader_states()
         if self.trainer.ckpt_path is not None:
             keep_settings(self.trainer.optimizers, self.trainer.lr_scheduler_configs, self._settings)

@@ -35,7 +35,7 @@ def resolve_checkpoint(wanted: str, root: str | None) -> Path:
         return found[-1]
     callbacks = load_checkpoint(found[-1]).get("callbacks", {})
     for name, state in callbacks.items():
-        if name.startswith("ModelCheckpoint") and state.get("best_model_path"):
+        if "Checkpoint" in name and state.get("best_model_path"):
             # by name, since the folder may have been moved
             best = found[-1].with_name(Path(state["best_model_path"]).name)
             if best.is_file():
