@@ -153,6 +153,8 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
     # what Lightning 2.6 calls of newer jsonargparse and torch is none of the user's business
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # the command line itself stays in sys.argv: the other processes of DDP are started with it
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     given = list(sys.argv[1:] if args is None else args)
     try:
         return _run(given)
@@ -163,7 +165,6 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
 
 def _run(args: list[str]) -> RecCLI:
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [sys.argv[0]]  # Lightning warns when both are there
         return RecCLI(
             LightningModule,
             RecDataModule,

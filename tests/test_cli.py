@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -224,6 +225,16 @@ def test_resuming_with_other_settings(fitted, tmp_path):
     assert cli.trainer.optimizers[0].param_groups[-1]["lr"] == 0.5
     assert cli.trainer.early_stopping_callback.patience == 3
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
+
+
+def test_the_command_line_stays_for_other_processes(fitted, monkeypatch, recwarn):
+    # DDP starts its other processes with sys.argv
+    line = ["lightning-rec", "test", "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt")]
+    monkeypatch.setattr("sys.argv", list(line))
+    cli = main()
+    assert sys.argv == line
+    assert cli.model.item_tower.dim == 8
+    assert not [warning for warning in recwarn if "args parameter" in str(warning.message)]
 
 
 # ---------------------------------------------------------------------- help
