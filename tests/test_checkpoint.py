@@ -115,7 +115,7 @@ def test_loading_executes_nothing(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({**content, "surprise": Surprise()}, path)
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         TwoTower.load_from_checkpoint(path, item_tower=IdItemTower(4), user_tower=PooledUserTower(), weights_only=True)
     assert not (tmp_path / "executed").exists()
 
