@@ -64,5 +64,5 @@ def test_errors_name_the_option(tiny_bert):
     with pytest.raises(ValueError, match="tuned as the item tower says"):
         LanguageUserTower(peft=peft.LoraConfig())
     tower = build(LanguageUserTower(), TextItemTower(tiny_bert, dim=8))
-    with pytest.raises(ValueError, match="user_text"):
+    with pytest.raises(ValueError, match="user_template"):
         tower(users(None), torch.zeros(3, 8))

@@ -102,7 +102,7 @@ def test_mean_by_hand():
 def test_attention_equals_the_plain_formula(items):
     tower = build(SequenceUserTower(blocks=1, heads=2, positions_from="none"))
     (block,) = tower.blocks
-    x = items[[1, 2, 3]]
+    x = tower.first_norm(items[[1, 2, 3]])
     q, k, v = block.qkv(block.attention_norm(x)).chunk(3, -1)
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
