@@ -68,3 +68,12 @@ def test_fit_resume_test_predict(name, config_of, tmp_path, monkeypatch):
     assert set(table["item_id"]) <= {line.split(",")[0] for line in (SHOP / "items.csv").read_text().splitlines()[1:]}
     if name == "rating":
         assert 0 < result["metrics"]["test/rmse"] < 4
+
+
+def test_a_resumed_run_with_a_relative_folder_knows_its_best_again(config_of, tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    config = [*config_of("id_sequence")[:2], "--trainer.default_root_dir", "runs"]
+    main(["fit", *config, "--trainer.max_epochs", "1"])
+    main(["fit", *config, "--ckpt_path", "last"])
+    # Lightning drops the best checkpoints of a run whose folder it does not recognise, with this warning
+    assert not [warning for warning in recwarn if "dirpath has changed" in str(warning.message)]
