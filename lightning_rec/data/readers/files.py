@@ -100,7 +100,7 @@ class Files(Reader):
         found = {}
         for kind, key, mapping in (("items", "item_id", self.item_columns), ("users", "user_id", self.user_columns)):
             if sources[kind]:
-                table = self._entities(sources[kind], key, mapping, f"{key[:4]}_columns", used, report)
+                table = self.entity_table(sources[kind], key, mapping, f"{key[:4]}_columns", used, report)
                 found[kind] = canonical_entities(table, key, kind, report, self.integer_ids)
         everything = [source for group in sources.values() for source in group]
         return RawData(interactions, found.get("items"), found.get("users"), report, digest(everything))
@@ -109,7 +109,7 @@ class Files(Reader):
         places = {"interactions": self.interactions, "items": self.items, "users": self.users}
         return {kind: find_sources(paths, kind) if paths is not None else [] for kind, paths in places.items()}
 
-    def _entities(
+    def entity_table(
         self,
         sources: list[Source],
         key: str,
@@ -118,6 +118,16 @@ class Files(Reader):
         used: Mapping[Source, Mapping[str, str]],
         report: ReadReport,
     ) -> Table:
+        """An item or user table as it stands in its files, with the options of this reader.
+
+        Args:
+            sources: the files.
+            key: ``item_id`` or ``user_id``.
+            mapping: field -> column.
+            option: name of the mapping's option, for messages.
+            used: columns of the log, where a file serves as both: they are no fields.
+            report: takes the bad rows.
+        """
         names_seen: dict[str, None] = {}
         tables = []
         for source in sources:

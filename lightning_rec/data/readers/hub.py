@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning_rec.data.readers.base import RawData, Reader
 from lightning_rec.data.readers.columns import ColumnName, choose_entities, choose_interactions
 from lightning_rec.data.readers.entities import canonical_entities
 from lightning_rec.data.table import OnBadRows, ReadReport, Table, arrow_text
+
+_MARK = "read_as_text"
 
 
 class HubDataset(Reader):
@@ -109,13 +112,40 @@ def _load(path: str, name: str | None, split: str | None, revision: str | None, 
     text = Features({column: Value("string") for column in found.column_names})
     options: dict[str, Any] = {"features": text, "keep_default_na": False, "na_filter": False}
     try:
-        return _join(load_dataset(path, name=name, split=split, revision=revision, **options))
+        as_text = _join(load_dataset(path, name=name, split=split, revision=revision, **options))
+        _mark(as_text)
+        return as_text
     except (ConnectionError, FileNotFoundError, ValueError) as error:
+        marked = _marked(found)
+        if marked is not None:
+            return marked
         report.note(
             f"{path} could not be read again as text ({error}), so that its ids and titles are as the CSV loader"
             " guessed them: 001 may have become 1, and a title like `null` may be missing."
         )
         return found
+
+
+def _mark(as_text: Dataset) -> None:
+    """Marks the cached copy: without a network the library finds no copy by the options that it was loaded with."""
+    for folder in {Path(file["filename"]).parent for file in as_text.cache_files}:
+        with contextlib.suppress(OSError):  # a cache that others own can be read only
+            (folder / _MARK).touch()
+
+
+def _marked(found: Dataset) -> Dataset | None:
+    """The same rows of the same revision as text, where they were cached before, or None."""
+    parts = []
+    for file in found.cache_files:
+        guessed = Path(file["filename"])
+        version, name, home = guessed.parents[1], guessed.parents[2], guessed.parents[3]  # home/name/version/revision
+        marks = sorted(home.glob(f"{name.name}-*/{version.name}/{guessed.parent.name}/{_MARK}"))
+        copies = [mark.with_name(guessed.name) for mark in marks if mark.with_name(guessed.name).is_file()]
+        if not copies:
+            return None
+        parts.append(Dataset.from_file(str(copies[0])))
+    # a part of a split, such as train[:10%], lies in the files of the whole
+    return concatenate_datasets(parts) if parts and sum(map(len, parts)) == len(found) else None
 
 
 def _join(found: Any) -> Dataset:
