@@ -6,7 +6,7 @@ and position 0 stand for padding everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -43,12 +43,16 @@ class ItemBatch(_Movable):
 
     Attributes:
         rows: ``(n,)`` catalogue rows, ``rows[0] == 0`` (padding), the rest distinct. The candidates of the
-            step come first, items that are needed only as history after them.
+            step come first, items that are needed only as history after them. Row 0 inside a training history is an
+            event that was masked.
         whole: True when ``rows`` is ``arange(n_rows)``, the whole catalogue: a tower may then skip its gather.
+        texts: training with text augmentation: the ``n`` texts of this step, variants of the catalogue's. None: the
+            catalogue's own texts.
     """
 
     rows: Tensor
     whole: bool = False
+    texts: list[str] | None = None
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
@@ -85,6 +89,50 @@ class UserBatch(_Movable):
 
 
 @dataclass
+class ImpressionBatch(_Movable):
+    """What ``b`` users were shown, each at one moment, and what they clicked of it.
+
+    Attributes:
+        candidates: ``(b, c)`` positions in the step's item table (in evaluation and prediction: catalogue rows),
+            right-padded with 0. In training a row may be a click and some non-clicks of its impression only. An item
+            that was shown twice stands here twice.
+        sizes: ``(b,)`` number of real candidates of each row; 0 is possible.
+        labels: ``(b, c)`` float32: 1 clicked, 0 not clicked, NaN unlabelled or padding. None when nothing is labelled.
+        weights: ``(b, c)`` float32: how many candidates of the impression each one stands for (non-clicks that were
+            drawn from more stand for several), 0 at padding. None: each for itself.
+        positions: ``(b, c)`` int64: place on the page at which the candidate was shown, from 1; 0 unknown or padding.
+            None when the data has none.
+        propensities: ``(b, c)`` float32: given probability that the candidate was looked at; NaN unknown or padding.
+            None when the data has none.
+        ages: ``(b, c)`` float32: hours from the item's publication to the request, at least 0; NaN unknown or
+            padding. None when the data has no times.
+        popularity: ``(b, c)`` float32: clicks of the candidate before the request, each halved with every half-life
+            that has passed since. None when the data has no times.
+        dwell: ``(b, c)`` float32: seconds spent on the candidate; NaN where there are none. None when the data has
+            none.
+    """
+
+    candidates: Tensor
+    sizes: Tensor
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    positions: Tensor | None = None
+    propensities: Tensor | None = None
+    ages: Tensor | None = None
+    popularity: Tensor | None = None
+    dwell: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """``(b, c)`` True where there is a candidate."""
+        steps = torch.arange(self.candidates.shape[1], device=self.candidates.device)
+        return steps < self.sizes[:, None]
+
+    def __len__(self) -> int:
+        return int(self.candidates.shape[0])
+
+
+@dataclass
 class Batch(_Movable):
     """One step of training, evaluation or prediction.
 
@@ -98,12 +146,18 @@ class Batch(_Movable):
         n_candidates: training: the candidates are positions ``1 .. n_candidates`` of the table; every target is
             one of them. With the whole catalogue that is ``len(items) - 1``.
         log_q: ``(n_candidates,)`` log of the expected number of times each candidate is drawn for a step
-            (Bengio and Senecal, 2008; Yi et al., RecSys 2019), or None when the candidates are the whole catalogue.
+            (Bengio and Senecal, 2008; Yi et al., RecSys 2019), or None when the candidates are the same in every step:
+            the whole catalogue, or all of it that is trained on.
         known: ``(b, k)`` training: catalogue rows of the user's training positives, padded with 0.
         seen: ``(b, s)`` evaluation and prediction: catalogue rows that the user has already touched and that must
             not be recommended, padded with 0. None when seen items are kept.
         ratings: shaped like ``targets``: the rating of each target, NaN where there is none. None without ratings.
         index: ``(b,)`` evaluation and prediction: the number of each user in the order in which users were asked for.
+            With impressions: the number of each impression in the order of the files.
+        impressions: what the users were shown; None for data of plain interactions. Row ``i`` belongs to
+            ``users`` row ``i``, whose history ends before the request.
+        times: ``(b,)`` int64 evaluation and prediction: time of each request in seconds since 1970. None when the data
+            has no times, and in training.
     """
 
     users: UserBatch
@@ -115,6 +169,8 @@ class Batch(_Movable):
     seen: Tensor | None = None
     ratings: Tensor | None = None
     index: Tensor | None = None
+    impressions: ImpressionBatch | None = None
+    times: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +186,13 @@ class CatalogueView:
         ids_digest: a hash of the raw item ids in order: towers with id vectors fit one catalogue only.
         users_digest: a hash of the raw user ids in order.
         rating_range: lowest and highest rating, or None when the data has no ratings.
+        rating_mean: mean of the training ratings, or None without data or ratings.
+        fields: the fields of the item table, cleaned: one value a catalogue row, a string or a list of strings
+            (``""`` or ``[]`` where an item has none, and for padding). Empty when a checkpoint is loaded without data.
+        groups: ``(n_rows,)`` int64 number of the category of each row, 0 where it has none. None without data or
+            categories.
+        recent_counts: ``(n_rows,)`` float32 training interactions of each row, each halved with every half-life
+            between it and the newest training interaction. None when the data has no times.
     """
 
     n_rows: int
@@ -140,3 +203,7 @@ class CatalogueView:
     ids_digest: str = ""
     users_digest: str = ""
     rating_range: tuple[float, float] | None = None
+    rating_mean: float | None = None
+    fields: Mapping[str, Sequence[Any]] = field(default_factory=dict, repr=False)
+    groups: Tensor | None = field(default=None, repr=False)
+    recent_counts: Tensor | None = field(default=None, repr=False)

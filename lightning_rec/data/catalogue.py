@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 
 from lightning_rec.data.batch import CatalogueView
+from lightning_rec.data.catalogue_fields import NO_TEXT, Fields
 from lightning_rec.data.cleaning import DEFAULT_CLEANING, did_you_mean, make_cleaner
 from lightning_rec.data.text import Template, field_text
 
@@ -66,6 +67,7 @@ class Catalogue:
         texts: text of each row; ``texts[0] == ""``.
         table: the item table, whose row ``i`` is catalogue row ``i + 1``; it may be shorter than the catalogue.
         report: what was counted while the catalogue was built, see ``Catalogue.build``.
+        cleaning: names of the cleaning steps for the fields that towers read.
 
     Raises:
         ValueError: lengths that do not fit, a missing padding row, an empty or repeated id.
@@ -77,6 +79,7 @@ class Catalogue:
         texts: list[str],
         table: Dataset | None = None,
         report: dict[str, int] | None = None,
+        cleaning: Sequence[str] = DEFAULT_CLEANING,
     ) -> None:
         if not ids or ids[0] != "" or not texts or texts[0] != "":
             raise ValueError("Row 0 of a catalogue is padding: its id and its text are empty strings.")
@@ -87,6 +90,7 @@ class Catalogue:
         self.ids = ids
         self.texts = texts
         self.table = table
+        self.cleaning = tuple(cleaning)
         self._rows = {id_: row for row, id_ in enumerate(ids)}
         if len(self._rows) != len(ids):
             raise ValueError("The ids of a catalogue are distinct and not empty; here some are repeated or empty.")
@@ -152,7 +156,7 @@ class Catalogue:
             "untouched_items": len(ids) - (len(touched) - len(unknown)),
         }
         added = [touched[position] for position in unknown] if unknown_items == "add" else []
-        catalogue = cls(["", *ids, *added], ["", *texts, *([""] * len(added))], items, report)
+        catalogue = cls(["", *ids, *added], ["", *texts, *([""] * len(added))], items, report, cleaning)
         catalogue.examples = {
             "duplicate_items": duplicates[:_EXAMPLES],
             "unknown_items": [touched[position] for position in unknown[:_EXAMPLES]],
@@ -244,8 +248,14 @@ class Catalogue:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the texts in their order, the same in every process."""
-        return ids_hash(self.texts)
+        """A hash of texts and fields in their order, the same in every process."""
+        texts = ids_hash(self.texts)
+        return ids_hash([texts, self.fields.digest]) if self.fields else texts
+
+    @cached_property
+    def fields(self) -> Fields:
+        """The fields of the item table, cleaned; each is read where it is asked for."""
+        return Fields(self.table, len(self), self.cleaning)
 
     @cached_property
     def ids_digest(self) -> str:
@@ -258,14 +268,18 @@ class Catalogue:
         n_users: int = 1,
         rating_range: tuple[float, float] | None = None,
         users_digest: str = "",
+        group_field: str | None = "category",
+        recent_counts: np.ndarray | torch.Tensor | None = None,
     ) -> CatalogueView:
-        """What towers may know of the data.
+        """What towers may know of the data. Its ``fields`` are read and cleaned where they are asked for.
 
         Args:
             counts: ``(n_rows,)`` number of training interactions of each row.
             n_users: number of user rows, padding included.
             rating_range: lowest and highest rating.
             users_digest: a hash of the raw user ids, see ``ids_hash``.
+            group_field: the field whose values are the groups of items; no groups where the items lack it.
+            recent_counts: ``(n_rows,)`` training interactions of each row, the older the less.
         """
         tensor = None if counts is None else torch.as_tensor(counts)
         if tensor is not None and tensor.shape != (len(self),):
@@ -279,7 +293,22 @@ class Catalogue:
             ids_digest=self.ids_digest,
             users_digest=users_digest,
             rating_range=rating_range,
+            fields=self.fields,
+            groups=self.groups(group_field),
+            recent_counts=None if recent_counts is None else torch.as_tensor(recent_counts, dtype=torch.float32),
         )
+
+    def groups(self, name: str | None) -> torch.Tensor | None:
+        """``(n_rows,)`` int64 number of each row's value of a field, from 1 in the order of first appearance.
+
+        Of a list the first value counts. Rows without a value have 0. None where there is no such field, or no value.
+        """
+        if name is None or name not in self.fields:
+            return None
+        numbers: dict[str, int] = {"": 0}
+        values = (value if isinstance(value, str) else "".join(value[:1]) for value in self.fields[name])
+        found = [numbers.setdefault(value, len(numbers)) for value in values]
+        return torch.tensor(found, dtype=torch.int64) if len(numbers) > 1 else None
 
 
 def _columns(table: Dataset, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -311,7 +340,7 @@ def _distinct_items(items: Dataset) -> tuple[Dataset, list[str], list[str]]:
 
 
 def _render(items: Dataset, template: Template | str | None, cleaner: Any, optional: bool) -> list[str]:
-    fields = [name for name in items.column_names if name != "item_id"]
+    fields = [name for name in items.column_names if name not in NO_TEXT]
     if template is None:
         if not fields:
             return [""] * len(items)

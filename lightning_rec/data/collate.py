@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from lightning_rec.data.augment_history import HistoryAugmentation
+from lightning_rec.data.augment_text import TextVariants
 from lightning_rec.data.batch import Batch, ItemBatch, UserBatch
 from lightning_rec.data.histories import Histories
 from lightning_rec.data.sampling import NegativeSampler
@@ -157,6 +159,8 @@ class TrainDataset(Dataset[Batch]):
         n_rows: catalogue rows, padding included.
         candidates: ``catalogue``: every item; ``batch``: the targets of the step; ``sampled``: the targets of the step
             plus sampled negatives.
+        candidate_rows: ``(c,)`` ascending rows, every target and event among them, which are the candidates of
+            ``catalogue`` in the place of every item; None: every item.
         sampler: draws the negatives of ``sampled`` and gives their log-q.
         negatives: how many are drawn, for the step, or for each user with ``per_user``.
         per_user: draw ``negatives`` items for each user from what that user has not touched, so that even a user who
@@ -164,6 +168,8 @@ class TrainDataset(Dataset[Batch]):
         supervision: ``every`` step of the history is supervised; ``random``: one random prefix of each sample, of which
             the last step is supervised; ``last``: the last step of the sample.
         user_texts: makes user texts from what lies before an offset, or None.
+        augmentation: changes histories at random, or None.
+        variants: changes texts at random, or None.
     """
 
     def __init__(
@@ -178,6 +184,9 @@ class TrainDataset(Dataset[Batch]):
         per_user: bool = False,
         supervision: Supervision = "every",
         user_texts: UserTexts | None = None,
+        augmentation: HistoryAugmentation | None = None,
+        variants: TextVariants | None = None,
+        candidate_rows: Int | None = None,
     ) -> None:
         self.histories = histories
         self.samples = samples
@@ -189,9 +198,16 @@ class TrainDataset(Dataset[Batch]):
         self.per_user = per_user
         self.supervision = supervision
         self.user_texts = user_texts
+        self.augmentation = augmentation
+        self.variants = variants
+        if variants is not None and variants.options.texts != "items" and user_texts is None:
+            raise ValueError(
+                f"text_augmentation.texts is {variants.options.texts}, but users have no texts: set user_template, or "
+                "text_augmentation.texts to items."
+            )
         self._chances, self._mean_targets = target_chances(histories, samples, supervision, n_rows)
         self._draw_chances = sampler.probabilities if sampler is not None else np.zeros(n_rows)
-        self._whole = torch.arange(n_rows)
+        self._table = np.arange(n_rows) if candidate_rows is None else np.append(0, candidate_rows)
         self._position = np.zeros(n_rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -214,37 +230,45 @@ class TrainDataset(Dataset[Batch]):
         starts, ends = self.samples.starts[chosen], self.samples.ends[chosen]
         if self.supervision == "random":
             ends = rng.integers(starts + 2, ends, endpoint=True)
+        epoch = index.seed[:2]
+        if self.augmentation is not None:
+            starts, ends = self.augmentation.cropped(starts, ends, epoch, chosen, self.supervision != "every")
         offsets, mask = gather_slices(starts, ends - 1)
         items = self.histories.items
         history = np.where(mask, items[offsets], 0)
         following = offsets + 1
         supervised = mask
+        if self.augmentation is not None:
+            history, supervised = self.augmentation.changed(history, mask, epoch, chosen)
         if self.supervision != "every":
             supervised = np.zeros_like(mask)
             supervised[np.arange(len(users)), ends - starts - 2] = True
         targets = np.where(supervised, items[np.where(supervised, following, 0)], 0)
         times, ratings = self.histories.times, self.histories.ratings
+        texts = None if self.user_texts is None else self.user_texts(users, ends - 1)
+        if texts is not None and self.variants is not None:
+            texts = self.variants.users(texts, users, index.seed)
         batch = Batch(
             users=UserBatch(
                 history=torch.from_numpy(history),
                 lengths=torch.from_numpy(ends - starts - 1),
                 users=torch.from_numpy(users),
                 times=None if times is None else torch.from_numpy(np.where(mask, times[offsets], 0)),
-                texts=None if self.user_texts is None else self.user_texts(users, ends - 1),
+                texts=texts,
             ),
             ratings=None
             if ratings is None
             else torch.from_numpy(np.where(supervised, ratings[np.where(supervised, following, 0)], np.nan)),
         )
         self._add_candidates(batch, users, history, targets, rng)
+        if self.variants is not None and batch.items is not None:
+            batch.items.texts = self.variants.items(batch.items.rows.numpy(), index.seed)
         return batch
 
     def _add_candidates(self, batch: Batch, users: Int, history: Int, targets: Int, rng: np.random.Generator) -> None:
         batch.known = torch.from_numpy(self.known.matrix(users))
         if self.candidates == "catalogue":
-            batch.items = ItemBatch(self._whole, whole=True)
-            batch.targets = torch.from_numpy(targets)
-            batch.n_candidates = self.n_rows - 1
+            self._add_table(batch, history, targets, self._table, len(self._table) - 1)
             return
         positives = np.unique(targets)
         positives = positives[positives > 0]
@@ -253,18 +277,23 @@ class TrainDataset(Dataset[Batch]):
             candidates = np.concatenate([positives, self._draw(users, positives, rng)])
         extra = np.setdiff1d(history, candidates)
         rows = np.concatenate([[0], candidates, extra[extra > 0]])
-        position = self._position
-        position[rows] = np.arange(len(rows))
-        batch.items = ItemBatch(torch.from_numpy(rows))
-        batch.targets = torch.from_numpy(position[targets])
-        batch.users.history = torch.from_numpy(position[history])
-        batch.n_candidates = len(candidates)
-        position[rows] = 0
+        self._add_table(batch, history, targets, rows, len(candidates))
         # the expected count of a row in a set of distinct rows is the chance that it is in the set at all
         log_missed = self._log_not_target(candidates, int((targets > 0).sum()))
         if self.candidates == "sampled":
             log_missed = log_missed + self._log_not_drawn(candidates, positives, users)
         batch.log_q = torch.from_numpy(np.log(np.maximum(-np.expm1(log_missed), 1e-30))).float()
+
+    def _add_table(self, batch: Batch, history: Int, targets: Int, table: Int, n_candidates: int) -> None:
+        """Adds the step's table of items, and turns catalogue rows into positions in it."""
+        whole = table is self._table and len(table) == self.n_rows
+        batch.items, batch.n_candidates = ItemBatch(torch.from_numpy(table), whole), n_candidates
+        if not whole:
+            position = self._position
+            position[table] = np.arange(len(table))
+            history, targets = position[history], position[targets]
+            position[table] = 0
+        batch.users.history, batch.targets = torch.from_numpy(history), torch.from_numpy(targets)
 
     def _draw(self, users: Int, positives: Int, rng: np.random.Generator) -> Int:
         """Distinct negatives that are not targets of the step."""
@@ -294,8 +323,9 @@ class TrainDataset(Dataset[Batch]):
         # many users, each with a small chance: the number of times that a row is drawn is close to Poisson
         offsets, owner = gather_flat(self.known.indptr[users], self.known.indptr[users + 1])
         known = self.known.items[offsets]
-        unknown = self.n_rows - 1 - np.bincount(owner, minlength=len(users))
-        mass = np.maximum(1.0 - np.bincount(owner, chances[known], len(users)), chances[1:].min())
+        can_be_drawn = chances > 0
+        unknown = can_be_drawn.sum() - np.bincount(owner[can_be_drawn[known]], minlength=len(users))
+        mass = np.maximum(1.0 - np.bincount(owner, chances[known], len(users)), chances[can_be_drawn].min())
         share = np.where(unknown > 0, 1.0 / mass, 0.0)
         shares = share.sum() - np.bincount(known, share[owner], self.n_rows)[rows]
         return -self.negatives * own * np.maximum(shares, 0.0)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_rec.data.batch import Batch, UserBatch
 from lightning_rec.data.collate import BatchIndex, Int, UserTexts, distinct_pairs, gather_flat, gather_slices
+from lightning_rec.data.freshness import Lifetimes
 from lightning_rec.data.histories import Histories
 
 
@@ -29,6 +30,8 @@ class EvaluationDataset(Dataset[Batch]):
         filter_seen: give the items touched before the cut as not to be recommended.
         touched: items touched without being positive (low ratings), which ``filter_seen`` leaves out too.
         user_texts: makes user texts from what lies before an offset, or None.
+        request_time: time of every request in prediction, in seconds since 1970; None when the data has no times. In
+            evaluation a request is made at the time of the first event to be found.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class EvaluationDataset(Dataset[Batch]):
         filter_seen: bool,
         touched: Histories | None = None,
         user_texts: UserTexts | None = None,
+        request_time: int | None = None,
     ) -> None:
         self.histories = histories
         self.users = users
@@ -50,6 +54,7 @@ class EvaluationDataset(Dataset[Batch]):
         self.filter_seen = filter_seen
         self.touched = touched
         self.user_texts = user_texts
+        self.request_time = request_time
 
     def __len__(self) -> int:
         return len(self.users)
@@ -74,6 +79,23 @@ class EvaluationDataset(Dataset[Batch]):
         targets = np.unique(after_owner * width + after_rows)
         return int(np.isin(targets, before_owner * width + before_rows).sum())
 
+    def targets_not_alive(self, lifetimes: Lifetimes) -> int:
+        """Number of targets that are not alive when their user's request is made, which makes them misses."""
+        if self.ends is None or not len(self.users):
+            return 0
+        offsets, owner = gather_flat(self.cuts, self.ends)
+        owner, rows = distinct_pairs(owner, self.histories.items[offsets])
+        times = self._times(np.arange(len(self)))
+        assert times is not None
+        return int((~lifetimes.alive(rows, times[owner])).sum())
+
+    def _times(self, chosen: Int) -> Int | None:
+        """``(b,)`` time of each request."""
+        times = self.histories.times
+        if self.ends is not None:
+            return None if times is None else times[self.cuts[chosen]]
+        return None if self.request_time is None else np.full(len(chosen), self.request_time, dtype=np.int64)
+
     def __getitem__(self, index: BatchIndex) -> Batch:
         chosen = index.samples
         users, cuts = self.users[chosen], self.cuts[chosen]
@@ -91,6 +113,9 @@ class EvaluationDataset(Dataset[Batch]):
             ),
             index=torch.from_numpy(np.asarray(chosen, dtype=np.int64)),
         )
+        moments = self._times(chosen)
+        if moments is not None:
+            batch.times = torch.from_numpy(moments)
         if self.ends is not None:
             ends = self.ends[chosen]
             offsets, mask = gather_slices(cuts, ends)
@@ -131,7 +156,7 @@ class EvaluationDataset(Dataset[Batch]):
         return seen
 
     def _touched_before(self, users: Int, cuts: Int) -> tuple[Int, Int]:
-        """What was touched without being positive, up to the moment of the first event to be found."""
+        """What was touched without being positive, up to the request."""
         touched = self.touched
         assert touched is not None
         offsets, owner = gather_flat(touched.indptr[users], touched.indptr[users + 1])
@@ -142,6 +167,9 @@ class EvaluationDataset(Dataset[Batch]):
             if touched.times is not None and self.histories.times is not None:
                 moment, limit = touched.times[offsets], self.histories.times[cut][owner]
                 before = (moment < limit) | ((moment == limit) & before)
+            offsets, owner = offsets[before], owner[before]
+        elif self.ends is None and self.request_time is not None and touched.times is not None:
+            before = touched.times[offsets] <= self.request_time
             offsets, owner = offsets[before], owner[before]
         return touched.items[offsets], owner
 
@@ -156,14 +184,26 @@ def asked_users(asked: list[str] | str | None, everyone: list[str]) -> list[str]
     Raises:
         FileNotFoundError: the file does not exist.
     """
-    if asked is None:
-        return everyone
-    if not isinstance(asked, str):
-        return [str(user) for user in asked]
+    return everyone if asked is None else listed_ids(asked, "predict_users", "user")
+
+
+def listed_ids(given: list[str] | str, option: str, kind: str) -> list[str]:
+    """The raw ids that an option gives.
+
+    Args:
+        given: the ids, or a text file with one a line.
+        option: the option of the data, for the error.
+        kind: what the ids are of, likewise.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+    """
+    if not isinstance(given, str):
+        return [str(one) for one in given]
     try:
-        text = Path(asked).read_text(encoding="utf-8-sig")
+        text = Path(given).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"data.predict_users names the file {asked}, which does not exist. It should hold one user id a line."
+            f"data.{option} names the file {given}, which does not exist. It should hold one {kind} id a line."
         ) from None
     return [line for line in text.split("\n") if line.strip()]

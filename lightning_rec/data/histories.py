@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,17 @@ class Histories:
     def users_of_events(self) -> np.ndarray:
         """``(n,)`` int64 user row of each event."""
         return np.repeat(np.arange(self.n_users), self.lengths)
+
+    def only(self, chosen: np.ndarray) -> Histories:
+        """The histories that the events ``chosen``, an ``(n,)`` bool mask, make up; every user keeps the row."""
+        return replace(
+            self,
+            indptr=np.concatenate([[0], np.cumsum(chosen)])[self.indptr],
+            items=self.items[chosen],
+            times=None if self.times is None else self.times[chosen],
+            ratings=None if self.ratings is None else self.ratings[chosen],
+            event=self.event[chosen],
+        )
 
 
 def k_core(users: np.ndarray, items: np.ndarray, user_min: int, item_min: int) -> tuple[np.ndarray, dict[str, int]]:

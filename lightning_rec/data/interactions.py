@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,7 +54,7 @@ def canonical_interactions(
     times, ratings = None, None
     if "timestamp" in table.columns and not is_blank(table.columns["timestamp"]).all():
         times = parse_times(table.columns["timestamp"])
-        _check_times(times, table)
+        check_times(times, table)
         bad |= times.bad
         for text in times.notes:
             report.note(text)
@@ -166,7 +168,16 @@ def parse_numbers(
     return numbers, bad
 
 
-def _check_times(times: Times, table: Table) -> None:
+def check_times(times: Times, table: Table) -> None:
+    """Refuses a column of times that is mixed or mostly unreadable.
+
+    Args:
+        times: what ``parse_times`` made of the column ``timestamp`` of the table.
+        table: tells where each row stands.
+
+    Raises:
+        ValueError: the column is mixed, or most of it is no time.
+    """
     if times.mixture:
         examples = [
             f"{table.place(row)} ({table.columns['timestamp'][row].as_py()!r}: {name})"
@@ -217,3 +228,20 @@ def _without_duplicates(arrow: pa.Table, report: ReadReport) -> pa.Table:
         return arrow
     report.n_duplicates += arrow.num_rows - len(first)
     return arrow.take(pa.array(np.sort(first)))
+
+
+def number_column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:
+    """A numeric column, NaN where it is null; None when the table lacks it or it is null throughout."""
+    if name not in table.column_names:
+        return None
+    column = table.data.column(name) if table._indices is None else table.flatten_indices().data.column(name)
+    if column.null_count == len(column):
+        return None
+    values = column.to_numpy()
+    if np.issubdtype(dtype, np.integer) and column.null_count:
+        row = int(np.flatnonzero(np.isnan(values))[0])
+        raise ValueError(
+            f"Row {row} of the interactions has no {name}, and others have one ({column.null_count:,} rows lack it). "
+            f"Let the reader leave such rows out, or leave out the whole column."
+        )
+    return np.asarray(values, dtype=dtype)

@@ -134,12 +134,19 @@ class NegativeSampler:
         distribution: ``uniform``, or ``popularity``: in proportion to ``max(count, 1) ** power``. Rows never touched
             weigh as much as rows touched once, so that every row can be drawn and its log is finite.
         power: 1 draws by popularity itself, 0 uniformly; 0.75 is the usual mean (Mikolov et al., 2013).
+        trained_only: rows never touched are not drawn at all.
 
     Raises:
         ValueError: no row to draw from, negative counts, an unknown distribution.
     """
 
-    def __init__(self, counts: ArrayLike, distribution: Distribution = "uniform", power: float = 0.75) -> None:
+    def __init__(
+        self,
+        counts: ArrayLike,
+        distribution: Distribution = "uniform",
+        power: float = 0.75,
+        trained_only: bool = False,
+    ) -> None:
         counts = np.asarray(counts, np.float64)
         if distribution not in ("uniform", "popularity"):
             raise ValueError(f"The distribution of negatives is 'uniform' or 'popularity', not {distribution!r}.")
@@ -151,20 +158,25 @@ class NegativeSampler:
         self.n_rows = len(counts)
         self.weights = np.ones(self.n_rows) if distribution == "uniform" else np.maximum(counts, 1.0) ** power
         self.weights[0] = 0.0
+        if trained_only:
+            self.weights[counts == 0] = 0.0
+            if not self.weights.any():
+                raise ValueError("There is no item to draw negatives from: none has a training interaction.")
+        self._by_weight = distribution != "uniform" or trained_only
         self.cumulative = np.cumsum(self.weights)
 
     @property
     def probabilities(self) -> Weights:
-        """``(n_rows,)`` probability of each row in one draw when nothing is known; 0 for padding."""
+        """``(n_rows,)`` probability of each row in one draw when nothing is known; 0 for what is never drawn."""
         return self.weights / self.cumulative[-1]
 
     def sample(self, rng: np.random.Generator, known_sorted: ArrayLike, n: int) -> Rows:
         """Draws for one user, see ``complement_uniform`` and ``complement_weighted``.
 
         Returns:
-            ``(n,)`` int64 rows; empty when the user knows every row.
+            ``(n,)`` int64 rows; empty when the user knows every row that can be drawn.
         """
-        if self.distribution == "uniform":
+        if not self._by_weight:
             return complement_uniform(rng, self.n_rows, known_sorted, n)
         return complement_weighted(rng, self.cumulative, self.weights, known_sorted, n)
 
@@ -177,11 +189,11 @@ class NegativeSampler:
             n: number of draws a user.
 
         Returns:
-            ``(b, n)`` int64 rows; a row of zeros (padding) for a user who knows every row.
+            ``(b, n)`` int64 rows; a row of zeros (padding) for a user who knows every row that can be drawn.
         """
         for rows in known:
             _check_known(rows, self.n_rows)
-        if self.distribution == "uniform":
+        if not self._by_weight:
             return _uniform(rng, self.n_rows, known, n)
         return _weighted(rng, self.cumulative, known, n)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_rec.data.catalogue import Catalogue
 from lightning_rec.data.histories import Histories
+from lightning_rec.data.readers.base import RawData
 from lightning_rec.data.text import Template, clean, user_text
 
 
@@ -53,6 +55,20 @@ class UserTextMaker:
                 "Correct the template, or give the reader a user table."
             )
 
+    @classmethod
+    def of(
+        cls,
+        raw: RawData,
+        template: str,
+        histories: Histories,
+        catalogue: Catalogue,
+        limit: int,
+        cleaning: Sequence[str],
+    ) -> UserTextMaker:
+        """Takes the profiles and the reviews out of what was read."""
+        reviews = raw.interactions["review"][:] if "review" in raw.interactions.column_names else None
+        return cls(template, histories, catalogue, raw.users, reviews, limit, cleaning)
+
     def _read_profiles(self, users: Dataset | None, cleaning: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         if users is None:
             return {}
@@ -60,6 +76,12 @@ class UserTextMaker:
         columns = [[_clean_value(value, cleaning) for value in users[name][:]] for name in fields]
         ids = users["user_id"][:]
         return {user: dict(zip(fields, values, strict=True)) for user, *values in zip(ids, *columns, strict=True)}
+
+    def over(self, histories: Histories) -> UserTextMaker:
+        """The same texts, made of other histories of the same users."""
+        other = copy(self)
+        other.histories = histories
+        return other
 
     def __call__(self, users: NDArray[np.int64], ends: NDArray[np.int64]) -> list[str]:
         """Texts of ``users``, each from its events before the offset in ``ends``."""

@@ -39,7 +39,8 @@ def make_dataset(histories, max_history=6, windows="newest", candidates="catalog
     sampler = options.pop("sampler", None)
     if candidates == "sampled" and sampler is None:
         counts = np.bincount(histories.items, minlength=N_ITEMS + 1)
-        sampler = NegativeSampler(counts, options.pop("distribution", "uniform"))
+        only = options.pop("trained_only", False)
+        sampler = NegativeSampler(counts, options.pop("distribution", "uniform"), trained_only=only)
     known = KnownItems.of(histories, ends)
     return TrainDataset(histories, samples, known, N_ITEMS + 1, candidates, sampler, **options)
 
@@ -278,6 +279,9 @@ def simulated_inclusion(dataset, batch_size, steps, seed=0):
         ("sampled", "last", {"negatives": 4, "distribution": "popularity"}),
         ("sampled", "random", {"negatives": 2, "per_user": True}),
         ("sampled", "every", {"negatives": 2, "per_user": True, "distribution": "popularity"}),
+        ("sampled", "every", {"negatives": 4, "trained_only": True}),
+        ("sampled", "random", {"negatives": 2, "per_user": True, "trained_only": True}),
+        ("sampled", "last", {"negatives": 2, "per_user": True, "distribution": "popularity", "trained_only": True}),
     ],
 )
 def test_log_q_is_the_log_of_how_often_a_row_is_a_candidate(supervision, candidates, options):
@@ -289,10 +293,15 @@ def test_log_q_is_the_log_of_how_often_a_row_is_a_candidate(supervision, candida
     histories = build_histories(
         np.repeat(np.arange(1, 81), lengths), items, user_ids=["", *(f"u{number}" for number in range(80))]
     )
+    untrained = []
+    if options.get("trained_only"):
+        untrained = [2, 5, *range(20, N_ITEMS + 1)]
+        histories = histories.only(~np.isin(histories.items, untrained))
     dataset = make_dataset(histories, 20, candidates=candidates, supervision=supervision, **options)
     happened, claimed = simulated_inclusion(dataset, 5, 600)
     often = happened > 0.06
     assert often.sum() > 10
+    assert not happened[untrained].any()
     gap = np.log(claimed[often] / happened[often])
     assert np.abs(gap).max() < 0.35
     assert np.abs(gap).mean() < 0.1

@@ -93,7 +93,10 @@ def test_sequence_files_of_a_shop(ready, tmp_path):
 def test_clicks_on_articles(ready, tmp_path):
     (tmp_path / "clicks.tsv").write_text("reader\tuser_id\tarticle_id\nx\tu1\ta1\ny\tu1\ta2\n")
     (tmp_path / "articles.csv").write_text('article_id,title,category,body\na1,Rain,weather,"It rains."\na2,,sport,\n')
-    data = ready(NewsDataModule, path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"needs times.*set data\.split: leave_one_out"):
+        ready(NewsDataModule, path=str(tmp_path))
+    data = ready(NewsDataModule, path=str(tmp_path), split="leave_one_out")
+    assert data.lifetimes is None, "without times every article is a candidate"
     assert isinstance(data.usual_reader(str(tmp_path)), Files)
     assert histories(data) == {"u1": ["a1", "a2"]}
     assert data.catalogue.texts == ["", "Rain. weather. It rains.", "sport"]

@@ -155,6 +155,24 @@ def test_popularity_power_zero_is_uniform_and_one_is_popularity():
     )
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+def test_rows_never_touched_can_be_left_out(distribution):
+    counts = np.array([7, 4, 0, 1, 9, 0])
+    sampler = NegativeSampler(counts, distribution, power=0.5, trained_only=True)
+    weights = np.array([0, 2, 0, 1, 3, 0]) if distribution == "popularity" else np.array([0, 1, 0, 1, 1, 0])
+    assert sampler.probabilities.tolist() == pytest.approx((weights / weights.sum()).tolist())
+    assert sampler.inclusion(1).tolist() == pytest.approx((weights / weights.sum()).tolist())
+    known = [np.array(rows, int) for rows in ([], [4], [1, 3, 4], [1, 2, 3])]
+    drawn = sampler.sample_batch(np.random.default_rng(1), known, 50_000)
+    assert (drawn[2] == 0).all()  # nothing that is trained is left
+    assert (drawn[3] == 4).all()
+    assert sampler.sample(np.random.default_rng(1), known[2], 5).size == 0
+    for user in (0, 1):
+        assert chi_square_ok(drawn[user], without(weights, known[user]))
+    with pytest.raises(ValueError, match="none has a training interaction"):
+        NegativeSampler([3, 0, 0], trained_only=True)
+
+
 def test_bad_samplers_are_named():
     with pytest.raises(ValueError, match="'uniform' or 'popularity'"):
         NegativeSampler([0, 1], "zipf")

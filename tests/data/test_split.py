@@ -228,6 +228,58 @@ def test_global_time_boundaries_and_cold_users():
     assert "1970-01-01T00:00:10Z" in split.description
 
 
+@pytest.mark.parametrize("cold_users", [False, True])
+def test_events_in_the_gap_are_in_no_part_but_in_later_histories(cold_users):
+    for seed in range(5):
+        users, items, times, ids = random_log(seed)
+        histories = build_histories(users, items, (times - 10_000_000_000) * 3600, user_ids=ids)
+        first, second, gap = 30, 50, 6.5
+        split = global_time(histories, first * 3600, second * 3600, cold_users=cold_users, gap=gap)
+        hours, user = histories.times / 3600, histories.users_of_events()
+        wanted = {
+            "train": hours < first - gap,
+            "validation": (hours >= first) & (hours < second - gap),
+            "test": hours >= second,
+        }
+        for part, events in wanted.items():
+            assert split.in_part(histories, part).tolist() == events.tolist()
+            assert split.counts[f"{part}_events"] == events.sum()
+        left = ~np.any(list(wanted.values()), axis=0)
+        assert split.counts["gap_events"] == left.sum() > 0
+        # the history of an evaluated user is all that happened before the moment, the gap included
+        for part, moment in (("validation", first), ("test", second)):
+            starts, _ = split.bounds(histories, part)
+            for u in split.users(histories, part):
+                assert starts[u] - histories.indptr[u] == ((user == u) & (hours < moment)).sum()
+        asked = {u for u in user[wanted["test"]] if cold_users or ((user == u) & (hours < second)).any()}
+        assert set(split.test_users.tolist()) == asked
+        last = refit(split, histories)
+        assert last.in_part(histories, "train").tolist() == (hours < second - gap).tolist()
+        assert last.in_part(histories, "test").tolist() == wanted["test"].tolist()
+        assert last.counts["train_events"] == (hours < second - gap).sum()
+        assert last.counts["gap_events"] == ((hours >= second - gap) & (hours < second)).sum()
+        assert not last.in_part(histories, "validation").any()
+
+
+def test_an_event_at_the_edge_of_the_gap():
+    times = np.array([0, 127, 128, 200, 227, 228, 300])
+    histories = build_histories(np.ones(7, int), np.arange(1, 8), times, user_ids=names(1))
+    split = global_time(histories, 200, 300, gap=72 / 3600)
+    parts = {part: times[split.in_part(histories, part)].tolist() for part in ("train", "validation", "test")}
+    assert parts == {"train": [0, 127], "validation": [200, 227], "test": [300]}
+    assert "the 0.02 hours before each moment are left out" in split.description
+    assert "hours" not in global_time(histories, 200, 300).description
+
+
+def test_a_gap_that_leaves_nothing_is_refused():
+    histories = cut_log()
+    with pytest.raises(ValueError, match=r"with a gap of 1 hours before each, leaves no event for training"):
+        global_time(histories, 10, 20, gap=1)
+    for gap in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"gap is .* number of hours"):
+            global_time(histories, 10, 20, gap=gap)
+
+
 def test_fractions_are_moments_so_that_an_instant_is_never_split():
     users, times = np.ones(10, int), np.array([0, 1, 2, 3, 4, 5, 5, 5, 5, 9])
     histories = build_histories(users, np.arange(1, 11), times, user_ids=names(1))
@@ -252,7 +304,7 @@ def test_moments_are_read_from_iso_text_dates_and_numbers():
 
 def test_global_time_errors_name_the_remedy():
     timeless = build_histories(np.array([1]), np.array([1]), user_ids=names(1))
-    with pytest.raises(ValueError, match=r"needs times.*leave_one_out"):
+    with pytest.raises(ValueError, match=r"needs times.*data\.split: leave_one_out"):
         global_time(timeless)
     histories = cut_log()
     with pytest.raises(ValueError, match=r"no event for training.*from 1970-01-01T00:00:01Z to 1970-01-01T00:00:30Z"):
