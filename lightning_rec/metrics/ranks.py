@@ -39,6 +39,54 @@ class ScoreTable:
         return ScoreTable(self.items.to(device))
 
 
+class AliveWindows(NamedTuple):
+    """When each item can be recommended, and the moment of each user's request.
+
+    A user's request at time ``t`` finds the rows with ``born <= t <= dies`` alive; the others are neither ranked nor
+    recommended. What is alive for whom is worked out chunk by chunk and never stored for all users and items.
+
+    Attributes:
+        born: ``(n,)`` int64 first moment of each catalogue row, in the unit of ``times``.
+        dies: ``(n,)`` int64 last moment of each catalogue row.
+        times: ``(b,)`` int64 time of each request.
+    """
+
+    born: Tensor
+    dies: Tensor
+    times: Tensor
+
+    def of(self, users: Tensor) -> AliveWindows:
+        """The same for the requests at positions ``users``."""
+        return self._replace(times=self.times[users])
+
+    def chunk(self, start: int, end: int) -> Tensor:
+        """``(b, end - start)`` True where a row from ``start`` on is alive at the request."""
+        times = self.times[:, None]
+        return (self.born[start:end] <= times) & (times <= self.dies[start:end])
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """``(b, m)`` True where the user's own ``(b, m)`` catalogue rows are alive at the request."""
+        times = self.times[:, None]
+        return (self.born[rows] <= times) & (times <= self.dies[rows])
+
+
+class HistoryBonus(NamedTuple):
+    """What is added to the scores of the items in each user's history; see ``lightning_rec.towers.score.Score``.
+
+    Attributes:
+        rows: ``(b, s)`` int64 catalogue rows, padded with 0; a row may stand there twice and counts once.
+        value: what is added; a finite number, or ``(b, 1)`` of them, one a user.
+    """
+
+    rows: Tensor
+    value: float | Tensor
+
+    def of(self, users: Tensor) -> HistoryBonus:
+        """The same for the users at positions ``users``."""
+        value = self.value[users] if isinstance(self.value, Tensor) else self.value
+        return HistoryBonus(self.rows[users], value)
+
+
 class RanksAndTop(NamedTuple):
     """What :func:`rank_and_top` returns.
 
@@ -71,9 +119,16 @@ def exact_operand(vectors: Tensor) -> Tensor:
 
 
 def target_ranks(
-    interest: Tensor, items: Tensor | ScoreTable, targets: Tensor, seen: Tensor | None = None, *, chunk_size: int = 8192
+    interest: Tensor,
+    items: Tensor | ScoreTable,
+    targets: Tensor,
+    seen: Tensor | None = None,
+    *,
+    alive: AliveWindows | None = None,
+    bonus: HistoryBonus | None = None,
+    chunk_size: int = 8192,
 ) -> Tensor:
-    """The rank of each target among all items of the catalogue, with seen items taken out.
+    """The rank of each target among all items of the catalogue, with seen items and those not alive taken out.
 
     Ties and NaN count against the model: an item that scores as high as a target, and is not itself a target, ranks
     before it, and so does an item whose score is NaN. Targets of one user with equal scores are placed one after
@@ -84,18 +139,27 @@ def target_ranks(
         items: ``(n, d)`` vectors of all catalogue rows, or a :class:`ScoreTable` of them; row 0 is padding.
         targets: ``(b, m)`` catalogue rows, padded with 0.
         seen: ``(b, s)`` catalogue rows that are not recommended to each user, padded with 0, or None.
+        alive: when each item can be recommended, and the time of each request. None: always.
+        bonus: what is added to the scores of items in the history, or None.
         chunk_size: number of items that are scored at once; memory is ``b × chunk_size``, the result is the same.
 
     Returns:
         ``(b, m)`` int64, 1 is the top. 0 for padding and for a repeated target (its first place counts). ``n``, which
-        is beyond the last place, for a target that can never be recommended: one that is itself in ``seen``, or whose
-        own score is not finite.
+        is beyond the last place, for a target that can never be recommended: one that is itself in ``seen``, that is
+        not alive at the request, or whose own score is not finite.
     """
-    return rank_and_top(interest, items, targets, seen, 0, chunk_size=chunk_size).ranks
+    return rank_and_top(interest, items, targets, seen, 0, alive=alive, bonus=bonus, chunk_size=chunk_size).ranks
 
 
 def top_k(
-    interest: Tensor, items: Tensor | ScoreTable, k: int, seen: Tensor | None = None, *, chunk_size: int = 8192
+    interest: Tensor,
+    items: Tensor | ScoreTable,
+    k: int,
+    seen: Tensor | None = None,
+    *,
+    alive: AliveWindows | None = None,
+    bonus: HistoryBonus | None = None,
+    chunk_size: int = 8192,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best items of each user, best first, of equal ones the lower row first.
 
@@ -104,13 +168,15 @@ def top_k(
         items: ``(n, d)`` vectors of all catalogue rows, or a :class:`ScoreTable` of them; row 0 is padding.
         k: how many; more than the catalogue holds is clamped.
         seen: ``(b, s)`` catalogue rows that are not recommended to each user, padded with 0, or None.
+        alive: when each item can be recommended, and the time of each request. None: always.
+        bonus: what is added to the scores of items in the history, or None.
         chunk_size: number of items that are scored at once; memory is ``b × chunk_size``, the result is the same.
 
     Returns:
         ``(b, min(k, n - 1))`` float scores and int64 catalogue rows. Where a user has fewer items left, the score is
         ``-inf`` and the row 0. An item whose score is not finite is never returned.
     """
-    result = rank_and_top(interest, items, None, seen, k, chunk_size=chunk_size)
+    result = rank_and_top(interest, items, None, seen, k, alive=alive, bonus=bonus, chunk_size=chunk_size)
     return result.scores, result.rows
 
 
@@ -122,6 +188,8 @@ def rank_and_top(
     seen: Tensor | None,
     k: int,
     *,
+    alive: AliveWindows | None = None,
+    bonus: HistoryBonus | None = None,
     chunk_size: int = 8192,
 ) -> RanksAndTop:
     """:func:`target_ranks` and :func:`top_k` in one walk over the catalogue; arguments as there.
@@ -132,20 +200,26 @@ def rank_and_top(
         targets: ``(b, m)``, or None for no ranks (``m`` = 0).
         seen: ``(b, s)`` or None.
         k: 0 for no list.
+        alive: when each item can be recommended, or None.
+        bonus: what is added to the scores of items in the history, or None.
         chunk_size: items a chunk.
     """
     device, dtype = interest.device, torch.promote_types(interest.dtype, torch.float32)
     if device.type == "mps":  # it has no float64
         vectors = items.items if isinstance(items, ScoreTable) else items
         wanted, taken = (None if x is None else x.cpu() for x in (targets, seen))
-        result = rank_and_top(interest.cpu(), vectors.cpu(), wanted, taken, k, chunk_size=chunk_size)
+        living = None if alive is None else AliveWindows(*(x.cpu() for x in alive))
+        more = None if bonus is None else bonus._replace(rows=bonus.rows.cpu())
+        result = rank_and_top(
+            interest.cpu(), vectors.cpu(), wanted, taken, k, alive=living, bonus=more, chunk_size=chunk_size
+        )
         return RanksAndTop(*(x.to(device) for x in result))
     with torch.autocast(device.type, enabled=False):
         table = items if isinstance(items, ScoreTable) else ScoreTable(items)
         users, n = exact_operand(interest), table.exact.shape[0]
         if targets is None:
             targets = torch.zeros(len(interest), 0, dtype=torch.int64, device=device)
-        counter = _RankCounter(users, table, targets, seen)
+        counter = _RankCounter(users, table, targets, seen, alive, bonus)
         best = _Best(len(interest), min(k, n - 1), device)
         finite = table.finite and bool(torch.isfinite(interest).all())
         chunk_size = max(1, min(chunk_size, n - 1))
@@ -156,9 +230,16 @@ def rank_and_top(
             scores = block[: len(users) * (width + 1)].view(len(users), width + 1)
             torch.mm(users, table.exact[start : start + width].t(), out=scores[:, :width])
             scores[:, width] = -torch.inf
+            if bonus is not None:
+                outside = (bonus.rows < start) | (bonus.rows >= start + width)
+                columns = torch.where(outside, width, bonus.rows - start)
+                # a row that stands there twice writes the same number twice
+                scores.scatter_(1, columns, scores.gather(1, columns) + bonus.value)
             if seen is not None:
                 outside = (seen < start) | (seen >= start + width)
                 scores.scatter_(1, torch.where(outside, width, seen - start), -torch.inf)
+            if alive is not None:
+                scores[:, :width].masked_fill_(~alive.chunk(start, start + width), -torch.inf)
             counter.add(scores)
             if best.k:
                 if not finite:
@@ -170,9 +251,19 @@ def rank_and_top(
 class _RankCounter:
     """Counts, chunk by chunk, the items that a target does not beat."""
 
-    def __init__(self, users: Tensor, table: ScoreTable, targets: Tensor, seen: Tensor | None) -> None:
+    def __init__(
+        self,
+        users: Tensor,
+        table: ScoreTable,
+        targets: Tensor,
+        seen: Tensor | None,
+        alive: AliveWindows | None,
+        bonus: HistoryBonus | None,
+    ) -> None:
         self.targets = targets
         self.scores = _pair_scores(users, table.exact, targets)
+        if bonus is not None:
+            self.scores = torch.where(_contains(bonus.rows, targets), self.scores + bonus.value, self.scores)
         m = targets.shape[1]
         before = torch.ones(m, m, dtype=torch.bool, device=targets.device).tril(-1)
         repeated = ((targets[:, :, None] == targets[:, None, :]) & before).any(2)
@@ -180,6 +271,8 @@ class _RankCounter:
         self.possible = self.asked & torch.isfinite(self.scores)
         if seen is not None:
             self.possible &= ~_contains(seen, targets)
+        if alive is not None:
+            self.possible &= alive.rows(targets)
         self.not_beaten = torch.zeros_like(targets)
         self.sorted, self.order = self.scores.sort(1)
 

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Repeats(NamedTuple):
+    """What is added to the score of candidates that are in the history of a position.
+
+    Attributes:
+        columns: ``(p, s)`` int64, columns of candidates in the history up to each position, padded with -1; a column
+            may stand there twice and counts once.
+        value: scalar that is added.
+    """
+
+    columns: Tensor
+    value: Tensor
 
 
 class Objective(nn.Module, ABC):
@@ -41,18 +55,40 @@ class Objective(nn.Module, ABC):
 
     #: True when positions without a rating teach nothing, so that a data set without ratings is an error.
     needs_rating: bool = False
+    #: True when ``forward`` also takes ``repeats=``, a :class:`Repeats`: what a repeat adds to the score is learned.
+    takes_repeats: bool = False
 
-    def configure(self, n_items: int | None = None, rating_range: tuple[float, float] | None = None) -> None:
-        """Called once, when the data are known. Nothing to do by default.
+    def configure(
+        self,
+        n_items: int | None = None,
+        rating_range: tuple[float, float] | None = None,
+        rating_mean: float | None = None,
+        dim: int | None = None,
+    ) -> None:
+        """Called once, when the data are known, before weights are loaded. Nothing to do by default.
 
         Args:
             n_items: number of items in the catalogue, padding not counted.
             rating_range: lowest and highest rating of the data, or None when the data have no ratings.
+            rating_mean: mean of the training ratings, or None without data or ratings.
+            dim: width of the vectors of both towers.
         """
 
     def predict(self, dot: Tensor) -> Tensor:
         """The rating that a dot product stands for; an objective that ``needs_rating`` overrides it."""
         return dot
+
+    def predict_pairs(self, interest: Tensor, items: Tensor) -> Tensor:
+        """The ratings of pairs; an objective whose ratings are no function of the dot product overrides it.
+
+        Args:
+            interest: ``(p, d)`` interest vectors.
+            items: ``(p, d)`` item vectors.
+
+        Returns:
+            ``(p,)`` ratings.
+        """
+        return self.predict((interest * items).sum(-1))
 
     @abstractmethod
     def forward(

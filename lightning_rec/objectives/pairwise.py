@@ -136,7 +136,13 @@ class BCE(_Negatives):
         self.gbce_t = gbce_t
         self.n_items: int | None = None
 
-    def configure(self, n_items: int | None = None, rating_range: tuple[float, float] | None = None) -> None:
+    def configure(
+        self,
+        n_items: int | None = None,
+        rating_range: tuple[float, float] | None = None,
+        rating_mean: float | None = None,
+        dim: int | None = None,
+    ) -> None:
         """Keeps the number of items, from which the sampling rate follows."""
         self.n_items = n_items if n_items is not None else self.n_items
 

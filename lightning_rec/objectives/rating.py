@@ -26,12 +26,18 @@ class RatingRegression(Objective):
     def __init__(self, rating_range: tuple[float, float] | None = None) -> None:
         super().__init__()
         self._given = rating_range is not None
-        self.rating_range = None if rating_range is None else _checked(rating_range)
+        self.rating_range = None if rating_range is None else checked_range(rating_range)
 
-    def configure(self, n_items: int | None = None, rating_range: tuple[float, float] | None = None) -> None:
+    def configure(
+        self,
+        n_items: int | None = None,
+        rating_range: tuple[float, float] | None = None,
+        rating_mean: float | None = None,
+        dim: int | None = None,
+    ) -> None:
         """Takes the range of the data, unless one was given to the constructor."""
         if not self._given and rating_range is not None:
-            self.rating_range = _checked(rating_range)
+            self.rating_range = checked_range(rating_range)
 
     def predict(self, dot: Tensor) -> Tensor:
         """The rating that a dot product stands for; any shape.
@@ -82,7 +88,12 @@ class RatingRegression(Objective):
         return f"rating_range={self.rating_range}"
 
 
-def _checked(rating_range: tuple[float, float]) -> tuple[float, float]:
+def checked_range(rating_range: tuple[float, float]) -> tuple[float, float]:
+    """The range as two floats.
+
+    Raises:
+        ValueError: when the lowest rating is not below the highest.
+    """
     low, high = rating_range
     if not low < high:
         raise ValueError(f"rating_range is [{low}, {high}]; the lowest rating must be below the highest.")

@@ -7,16 +7,21 @@ import pytest
 import torch
 
 from lightning_rec.metrics import ScoreTable, rank_and_top, target_ranks, top_k
-from lightning_rec.metrics.ranks import exact_operand
+from lightning_rec.metrics.ranks import AliveWindows, HistoryBonus, exact_operand
 
 
-def by_loops(interest, items, targets, seen, k):
+def by_loops(interest, items, targets, seen, k, alive=None, bonus=None):
     """The definition, one user and one item at a time, with scores as Python floats."""
     n = len(items)
     ranks, lists, values = [], [], []
     for u in range(len(interest)):
         score = [float((interest[u].double() * items[row].double()).sum()) for row in range(n)]
+        for row in set() if bonus is None else set(bonus.rows[u].tolist()):
+            score[row] += bonus.value
         taken = set() if seen is None else set(seen[u].tolist())
+        if alive is not None:
+            now, born, dies = int(alive.times[u]), alive.born.tolist(), alive.dies.tolist()
+            taken |= {row for row in range(n) if now < born[row] or now > dies[row]}
         left = [row for row in range(1, n) if row not in taken]
         wanted = [t for t in dict.fromkeys(targets[u].tolist()) if t in left]
         others = [row for row in left if row not in wanted]
@@ -63,6 +68,58 @@ def test_against_loops_with_many_ties(chunk_size, m, with_seen):
         assert torch.equal(result.scores, values.float())
         assert torch.equal(target_ranks(interest, items, targets, seen, chunk_size=chunk_size), ranks)
         assert torch.equal(top_k(interest, items, 8, seen, chunk_size=chunk_size)[1], lists)
+
+
+def windows(seed, b, n, moments=12):
+    """Births, deaths and requests at few moments, so that many fall on the very edge of a life."""
+    g = torch.Generator().manual_seed(seed + 100)
+    born = torch.randint(0, moments, (n,), generator=g)
+    dies = born + torch.randint(-1, moments // 2, (n,), generator=g)  # some are never alive
+    born[::7], dies[::5] = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).max
+    return AliveWindows(born, dies, torch.randint(0, moments + 3, (b,), generator=g))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 39, 1000])
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize("with_seen", [False, True])
+def test_what_is_not_alive_is_as_if_it_were_not_there(chunk_size, m, with_seen):
+    for seed in range(5):
+        interest, items, targets, seen = tied_case(seed, m=m)
+        seen, alive = seen if with_seen else None, windows(seed, len(interest), len(items))
+        ranks, lists, values = by_loops(interest, items, targets, seen, 8, alive)
+        result = rank_and_top(interest, items, targets, seen, 8, alive=alive, chunk_size=chunk_size)
+        assert torch.equal(result.ranks, ranks)
+        assert torch.equal(result.rows, lists)
+        assert torch.equal(result.scores, values.float())
+        assert torch.equal(target_ranks(interest, items, targets, seen, alive=alive, chunk_size=chunk_size), ranks)
+        assert torch.equal(top_k(interest, items, 8, seen, alive=alive, chunk_size=chunk_size)[1], lists)
+
+
+def test_a_request_finds_what_is_born_by_then_and_not_yet_dead():
+    items = torch.tensor([[0.0], [9.0], [5.0], [7.0]])
+    alive = AliveWindows(torch.tensor([9, 10, 10, 12]), torch.tensor([0, 11, 99, 99]), torch.tensor([9, 10, 11, 12]))
+    interest, targets = torch.ones(4, 1), torch.tensor([[2]] * 4)
+    result = rank_and_top(interest, items, targets, None, 3, alive=alive)
+    assert result.rows.tolist() == [[0, 0, 0], [1, 2, 0], [1, 2, 0], [3, 2, 0]]
+    assert result.ranks.tolist() == [[4], [2], [2], [2]]
+    part = torch.tensor([3, 0])
+    again = rank_and_top(interest[part], items, targets[part], None, 3, alive=alive.of(part))
+    assert again.rows.tolist() == [[3, 2, 0], [0, 0, 0]]
+
+
+def test_windows_that_are_always_open_change_nothing():
+    interest, items, targets, seen = tied_case(1)
+    always = AliveWindows(torch.zeros(40, dtype=torch.int64), torch.full((40,), 9), torch.full((9,), 5))
+    wanted = rank_and_top(interest, items, targets, seen, 5)
+    for chunk_size in (3, 100):
+        result = rank_and_top(interest, items, targets, seen, 5, alive=always, chunk_size=chunk_size)
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+
+
+def test_an_article_with_a_nan_score_that_is_not_alive_costs_nothing():
+    items = torch.tensor([[0.0], [torch.nan], [1.0], [2.0]])
+    alive = AliveWindows(torch.tensor([0, 5, 0, 0]), torch.tensor([9, 9, 9, 9]), torch.tensor([4, 5]))
+    assert target_ranks(torch.ones(2, 1), items, torch.tensor([[2], [2]]), alive=alive).tolist() == [[2], [3]]
 
 
 def test_hand_worked():
@@ -188,11 +245,14 @@ def test_memory_does_not_hold_users_times_items():
         ScoreTable, rank_and_top = module.ScoreTable, module.rank_and_top
         torch.set_num_threads(1)
         interest, items = torch.randn(2000, 16), ScoreTable(torch.randn(20001, 16))
+        born = torch.randint(0, 900, (20001,))
+        alive = module.AliveWindows(born, born + 100, torch.randint(0, 999, (2000,)))
         targets, seen = torch.randint(1, 20001, (2000, 1)), torch.randint(0, 20001, (2000, 10))
-        rank_and_top(interest[:10], items, targets[:10], seen[:10], 10, chunk_size=1000)
+        few = alive.of(torch.arange(10))
+        rank_and_top(interest[:10], items, targets[:10], seen[:10], 10, alive=few, chunk_size=1000)
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = peak()
-        rank_and_top(interest, items, targets, seen, 10, chunk_size=1000)
+        rank_and_top(interest, items, targets, seen, 10, alive=alive, chunk_size=1000)
         print((peak() - before) / 1024)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), exact_operand.__code__.co_filename]
@@ -200,3 +260,22 @@ def test_memory_does_not_hold_users_times_items():
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert float(done.stdout) < 100
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+@pytest.mark.parametrize("m", [1, 3, 16])
+@pytest.mark.parametrize("value", [-4.0, 2.0])
+def test_a_bonus_for_the_history_against_loops(chunk_size, m, value):
+    for seed in range(5):
+        interest, items, targets, seen = tied_case(seed, m=m)
+        history = torch.randint(0, len(items), (len(interest), 8), generator=torch.Generator().manual_seed(seed))
+        history[:, 1], history[:, 2] = history[:, 0], targets[:, 0]  # a row twice, and a target
+        bonus = HistoryBonus(history, value)
+        wanted = by_loops(interest, items, targets, seen[:, :2], 5, bonus=bonus)
+        found = rank_and_top(interest, items, targets, seen[:, :2], 5, bonus=bonus, chunk_size=chunk_size)
+        torch.testing.assert_close(found.ranks, wanted[0])
+        torch.testing.assert_close(found.rows, wanted[1])
+        torch.testing.assert_close(found.scores.double(), wanted[2].double())
+        half = bonus.of(torch.tensor([1, 3]))
+        part = target_ranks(interest[[1, 3]], items, targets[[1, 3]], seen[[1, 3], :2], bonus=half)
+        torch.testing.assert_close(part, found.ranks[[1, 3]])

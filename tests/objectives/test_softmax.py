@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_rec.objectives import Softmax
+from lightning_rec.objectives import Repeats, Softmax
 
 
 def make(p=23, c=17, d=5, b=4, k=6, dtype=torch.float64, seed=0):
@@ -219,3 +219,44 @@ def test_options_out_of_range_are_errors():
         Softmax(label_smoothing=1.0)
     with pytest.raises(ValueError, match="chunk_size"):
         Softmax(chunk_size=0)
+
+
+def with_repeats(interest, candidates, target, columns, value, smoothing=0.0):
+    """The definition: the value is added once to each candidate of the position's history."""
+    losses = []
+    for i in range(len(target)):
+        held = {int(x) for x in columns[i] if x >= 0}
+        scores = [interest[i] @ row + (value if j in held else 0 * value) for j, row in enumerate(candidates)]
+        log_p = torch.log_softmax(torch.stack(scores), 0)
+        losses.append(-(1 - smoothing) * log_p[int(target[i])] - smoothing * log_p.mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, None])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("start", [-3.0, 0.0, 60.0])
+def test_what_a_repeat_adds_and_its_gradient(chunk_size, smoothing, start):
+    interest, candidates, target, *_ = make()
+    columns = torch.randint(-1, 17, (23, 9), generator=torch.Generator().manual_seed(1))
+    columns[0] = -1  # an empty history
+    columns[1], columns[2, :4] = target[1], target[2]  # the target again, once and many times
+    columns[3] = columns[3, 0].clamp(min=0)  # one item, nine times
+    value = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    wanted = with_repeats(interest, candidates, target, columns, value, smoothing)
+    loss = Softmax(smoothing, exclude_known=False, chunk_size=chunk_size)(
+        interest, candidates, target, repeats=Repeats(columns, value)
+    )
+    torch.testing.assert_close(loss, wanted)
+    leaves = (interest, candidates, value)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves))
+
+
+def test_a_repeat_learns_alone_and_from_nothing():
+    interest, candidates, target, *_ = make(dtype=torch.float32)
+    value = torch.zeros((), requires_grad=True)
+    columns = target[:, None].clone()
+    objective = Softmax(exclude_known=False)
+    loss = objective(interest.detach(), candidates.detach(), target, repeats=Repeats(columns, value))
+    assert torch.autograd.grad(loss, value)[0] < 0  # every target is a repeat: the value must grow
+    none = objective(interest[:0], candidates, target[:0], repeats=Repeats(columns[:0], value))
+    assert torch.autograd.grad(none, value)[0] == 0
