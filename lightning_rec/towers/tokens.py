@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_rec.towers.state_cache import rows_of
 
 _CHUNK = 2048
 
@@ -21,11 +24,14 @@ class TokenTable:
         tokens: ``(total,)`` int32 token ids.
         offsets: ``(n + 1,)`` int64: text ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``, never empty.
         pad_id: the token that fills a batch up.
+        states: ``(total, h)`` what the frozen layers of a language model make of each token, perhaps mapped from the
+            disk; None: not known.
     """
 
     tokens: Tensor
     offsets: Tensor
     pad_id: int
+    states: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
@@ -37,7 +43,31 @@ class TokenTable:
 
     def to(self, device: torch.device) -> TokenTable:
         """The same table on another device."""
-        return TokenTable(self.tokens.to(device), self.offsets.to(device), self.pad_id)
+        return TokenTable(self.tokens.to(device), self.offsets.to(device), self.pad_id, self.states)
+
+    def with_states(self, states: np.ndarray[Any, Any]) -> TokenTable:
+        """The same table with states of its tokens."""
+        return TokenTable(self.tokens, self.offsets, self.pad_id, states)
+
+    def digest(self) -> str:
+        """A hash of the tokens and of where texts begin."""
+        parts = (self.tokens, self.offsets)
+        return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts)).hexdigest()
+
+    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens of ``(k,)`` rows lie.
+
+        Returns:
+            ``(k, l)`` int64 places in ``tokens``, and a ``(k, l)`` mask, False where a text has ended.
+        """
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        steps = torch.arange(int(lengths.max()), device=rows.device)
+        return (starts[:, None] + steps).clamp_max(self.tokens.shape[0] - 1), steps < lengths[:, None]
+
+    def padded_states(self, rows: Tensor) -> Tensor | None:
+        """``(k, l, h)`` float32 states of the batch that :meth:`padded` makes, or None where there are none."""
+        return None if self.states is None else rows_of(self.states, self.places(rows)[0])
 
     def padded(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The texts of ``(k,)`` rows as a right-padded batch.
@@ -46,12 +76,7 @@ class TokenTable:
             ``(k, l)`` int64 token ids, and the ``(k, l)`` int64 attention mask, or None when all have one length: a
             model without a mask takes a faster way through attention.
         """
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        longest = int(lengths.max())
-        steps = torch.arange(longest, device=rows.device)
-        mask = steps < lengths[:, None]
-        places = (starts[:, None] + steps).clamp_max(self.tokens.shape[0] - 1)
+        places, mask = self.places(rows)
         ids = self.tokens[places].long().masked_fill(~mask, self.pad_id)
         return ids, None if bool(mask.all()) else mask.long()
 

@@ -62,7 +62,7 @@ def test_errors_name_the_option(tiny_bert):
     with pytest.raises(ValueError, match="IdItemTower has none"):
         build(LanguageUserTower(), IdItemTower(8))
     with pytest.raises(ValueError, match="tuned as the item tower says"):
-        LanguageUserTower(peft=peft.LoraConfig())
+        LanguageUserTower(tune="full")
     tower = build(LanguageUserTower(), TextItemTower(tiny_bert, dim=8))
     with pytest.raises(ValueError, match="user_template"):
         tower(users(None), torch.zeros(3, 8))

@@ -33,7 +33,16 @@ def test_learned_temperature_stays_in_its_bounds(start, bounded):
     assert math.isclose(score.log_scale.exp().item(), 2.0, rel_tol=1e-6)
     with torch.no_grad():
         score.log_scale.fill_(start)
+    length = score.interest(torch.tensor([[3.0, 4.0]])).norm()
+    assert length.item() == pytest.approx(1 / bounded, rel=1e-5)
+    length.backward()
+    assert score.log_scale.grad > 0, "at a bound it can still move away from it"
+    assert math.isclose(score.log_scale.exp().item(), 1 / bounded, rel_tol=1e-5)
+    with torch.no_grad():
+        score.log_scale.fill_(start)
+    score.eval()
     assert score.interest(torch.tensor([[3.0, 4.0]])).norm().item() == pytest.approx(1 / bounded, rel=1e-5)
+    assert score.log_scale.item() == start, "an evaluation changes no weight"
 
 
 def test_a_fixed_temperature_is_not_trained():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ TOWERS = {
     "wide-no-positions": lambda: SequenceUserTower(positions_from="none", feed_forward=32, blocks=1, max_length=10),
     "mean": lambda: PooledUserTower("mean"),
     "attention": lambda: PooledUserTower("attention"),
+    "fading": lambda: PooledUserTower("fading", fading=0.3),
     "gru": lambda: PooledUserTower("gru"),
 }
 
@@ -97,6 +100,17 @@ def test_mean_by_hand():
     items = torch.tensor([[0.0, 0.0], [1.0, 2.0], [3.0, 6.0]])
     tower = build(PooledUserTower("mean"), dim=2)
     assert tower(batch([[1, 2]]), items).tolist() == [[[1.0, 2.0], [2.0, 4.0]]]
+
+
+def test_fading_by_hand(items):
+    found = build(PooledUserTower("fading", fading=0.5))(batch([[1, 2, 3], [4]]), items)
+    shares = torch.tensor([math.exp(-1.0), math.exp(-0.5), 1.0])
+    torch.testing.assert_close(found[0, 2], (shares[:, None] * items[1:4]).sum(0) / shares.sum())
+    torch.testing.assert_close(found[1, 0], items[4])
+    same = build(PooledUserTower("fading", fading=0.0))(batch([[1, 2, 3]]), items)
+    torch.testing.assert_close(same, build(PooledUserTower("mean"))(batch([[1, 2, 3]]), items))
+    with pytest.raises(ValueError, match=r"fading is -1; it must be at least 0"):
+        PooledUserTower("fading", fading=-1)
 
 
 def test_attention_equals_the_plain_formula(items):

@@ -1,0 +1,75 @@
+"""Pulling the text vector and the id vector of an item together while both are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Alignment(nn.Module):
+    """A contrastive loss between two views of the same items, over the items of the step.
+
+    InfoNCE (van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018) in both
+    directions, as CLIP has it (Radford et al., ICML 2021): the text vector of an item should be nearer to its own id
+    vector than to those of the step's other items, and the other way round. Such a term aligns text and collaborative
+    vectors in recommenders such as AlignRec (Liu et al., CIKM 2024).
+
+    Args:
+        weight: factor on the loss.
+        temperature: divides the cosine.
+        most: at most so many items a step, drawn at random, since time and memory grow with their square.
+
+    Raises:
+        ValueError: when an option is out of range.
+    """
+
+    def __init__(self, weight: float, temperature: float = 0.1, most: int = 1024) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise ValueError(f"alignment is {weight}; it must be positive, or 0 for no alignment loss.")
+        if not temperature > 0:
+            raise ValueError(f"alignment_temperature is {temperature}; it must be positive.")
+        if most < 2:
+            raise ValueError(f"The alignment loss needs at least 2 items a step, but most is {most}.")
+        self.weight = weight
+        self.temperature = temperature
+        self.most = most
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def keep(self, text: Tensor, ids: Tensor, usable: Tensor) -> None:
+        """Keeps the step's vectors until :meth:`take`.
+
+        Args:
+            text: ``(n, d)`` text vectors.
+            ids: ``(n, d)`` id vectors of the same items.
+            usable: ``(n,)`` True where an item takes part: padding and items whose id is not trained do not.
+        """
+        chosen = usable.nonzero()[:, 0]
+        if len(chosen) > self.most:
+            chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[: self.most]]
+        # index_select has a fast backward pass on a CPU; indexing has not
+        self._kept = text.index_select(0, chosen), ids.index_select(0, chosen)
+
+    def take(self) -> Tensor | None:
+        """The weighted loss of the vectors that were kept, which are let go; None where there are none."""
+        if self._kept is None:
+            return None
+        (text, ids), self._kept = self._kept, None
+        return self.weight * self(text, ids)
+
+    def forward(self, text: Tensor, ids: Tensor) -> Tensor:
+        """The loss, without its weight, of ``(n, d)`` text and id vectors; 0 for fewer than two items."""
+        with torch.autocast(text.device.type, enabled=False):
+            if len(text) < 2:
+                return (text.float() * ids.float()).sum() * 0  # both stay in the graph
+            one, other = F.normalize(text.float(), dim=-1), F.normalize(ids.float(), dim=-1)
+            logits = one @ other.t() / self.temperature
+            own = torch.arange(len(logits), device=logits.device)
+            return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was kept belongs to a step, and its graph cannot be copied.
+        return self.__dict__ | {"_kept": None}
