@@ -1,0 +1,187 @@
+"""Who asks: from a request to an interest vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_rec.data.batch import UserBatch
+from lightning_rec.recommend.artefact import Artefact
+from lightning_rec.recommend.catalogue_state import CatalogueState
+from lightning_rec.recommend.store import HistoryStore
+from lightning_rec.recommend.threads import one_thread
+from lightning_rec.recommend.types import AnswerPath, Event, Request
+
+#: Newest events of a user that are read from the store: what was seen, and what the user tower reads.
+READ_EVENTS = 1000
+#: Steps of histories up to which one thread is faster than several.
+_FEW_STEPS = 512
+
+
+@dataclass
+class Interest:
+    """Who asks, made ready for the product.
+
+    Attributes:
+        path: what answers.
+        vector: ``(d,)`` interest vector; None for popularity.
+        seen: rows of the whole history, also of what the user tower no longer reads.
+        history: rows that the user tower reads, oldest first; a negative number stands for the
+            request's own text.
+        unknown: ids of the history that the catalogue lacks.
+        repeat: what is added to the score of an item of ``history``, as the run learned it; 0: nothing.
+    """
+
+    path: AnswerPath
+    vector: Tensor | None
+    seen: list[int] = field(default_factory=list)
+    history: list[int] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    repeat: float = 0.0
+
+
+class InterestReader:
+    """Reads histories and words, and turns them into interest vectors with one pass through the user tower.
+
+    Args:
+        artefact: the towers, and the users of the fitted data.
+        store: what happened since.
+    """
+
+    def __init__(self, artefact: Artefact, store: HistoryStore) -> None:
+        self.artefact = artefact
+        self.store = store
+        repeat = artefact.score.repeat
+        self._repeat = 0.0 if repeat is None else float(repeat)
+
+    def exported(self, user: str, newest: int) -> list[Event]:
+        """The history of the fitted data."""
+        users = self.artefact.users
+        return [] if users is None else users.history(user, newest)
+
+    def histories(self, users: Sequence[str], newest: int) -> list[list[Event]]:
+        """The ``newest`` events of each user, oldest first: those of the fitted data, then those of the store."""
+        stored = self.store.read_many(users, newest)
+        return [
+            events if len(events) >= newest else [*self.exported(user, newest - len(events)), *events]
+            for user, events in zip(users, stored, strict=True)
+        ]
+
+    def read(self, requests: Sequence[Request], state: CatalogueState) -> list[Interest]:
+        """The interest of each request: one pass through the user tower for all of them.
+
+        Args:
+            requests: checked requests.
+            state: the catalogue.
+        """
+        asked = [place for place, request in enumerate(requests) if request.history is None and request.user]
+        newest = max(self.artefact.manifest.max_history, READ_EVENTS)
+        read = self.histories([str(requests[place].user) for place in asked], newest) if asked else []
+        known = dict(zip(asked, read, strict=True))
+        found: list[Interest] = []
+        times: list[list[int] | None] = []
+        for place, request in enumerate(requests):
+            events = known.get(place)
+            ids = list(request.history) if request.history is not None else [event.item for event in events or []]
+            stamps = [event.time or 0 for event in events] if events is not None else request.times
+            rows = [state.rows.get(id_, 0) for id_ in ids]
+            kept = [number for number, row in enumerate(rows) if row]
+            history = [rows[number] for number in kept][-self.artefact.manifest.max_history :]
+            stamped = None if stamps is None else [stamps[number] for number in kept][len(kept) - len(history) :]
+            unknown = [id_ for id_, row in zip(ids, rows, strict=True) if not row]
+            seen = [row for row in rows if row]
+            if events is not None and self.artefact.users is not None:
+                touched = self.artefact.users.touched(str(request.user))
+                seen.extend(state.rows[id_] for id_ in touched if id_ in state.rows)
+            found.append(Interest("towers", None, seen, history, unknown, self._repeat))
+            times.append(stamped)
+        self._encode(requests, found, times, state)
+        return found
+
+    def _encode(
+        self,
+        requests: Sequence[Request],
+        found: list[Interest],
+        times: list[list[int] | None],
+        state: CatalogueState,
+    ) -> None:
+        """Fills in the interest vectors; those that the towers cannot tell become popularity."""
+        raw = state.raw
+        texts = [
+            request.text if request.text and not interest.history else None
+            for request, interest in zip(requests, found, strict=True)
+        ]
+        spoken = [place for place, text in enumerate(texts) if text]
+        position: dict[int, int] | None = None  # of a row in a table of the rows in use; None: the whole catalogue
+        if spoken and not self.artefact.reads_user_text:
+            # what someone says is read as an item would be, and is then the whole history
+            vectors = self.artefact.encode_texts([str(texts[place]) for place in spoken])
+            used = sorted({row for interest in found for row in interest.history})
+            position = {row: number for number, row in enumerate(used, start=1)}
+            raw = torch.cat([raw[:1], raw[torch.tensor(used, dtype=torch.int64)], vectors.to(raw.dtype)])
+            for number, place in enumerate(spoken, start=len(used) + 1):
+                found[place].history = [-number]
+                times[place] = None
+        users = self._batch(requests, found, times, texts, state, position)
+        known = self.artefact.knows(users)
+        known &= (users.lengths > 0) | torch.tensor([text is not None for text in texts]) | self._has_id(users)
+        with one_thread(users.history.numel() <= _FEW_STEPS and not self.artefact.reads_user_text):
+            vectors = self.artefact.interests(users, raw)
+        for place, request in enumerate(requests):
+            interest = found[place]
+            length = max(int(users.lengths[place]), 1)
+            steps = vectors[place, :length] if vectors.shape[1] > 1 else vectors[place]
+            vector = _decayed(steps, times[place], request.half_life)
+            if not bool(known[place]) or not bool(torch.isfinite(vector).all()):
+                found[place] = replace(interest, path="popularity", history=[])
+                continue
+            interest.vector = vector
+            interest.path = "text" if place in spoken else "towers"
+
+    def _has_id(self, users: UserBatch) -> Tensor:
+        return users.users > 0
+
+    def _batch(
+        self,
+        requests: Sequence[Request],
+        found: list[Interest],
+        times: list[list[int] | None],
+        texts: list[str | None],
+        state: CatalogueState,
+        position: dict[int, int] | None,
+    ) -> UserBatch:
+        lengths = torch.tensor([len(interest.history) for interest in found])
+        width = max(int(lengths.max()) if len(found) else 0, 1)
+        history = torch.zeros(len(found), width, dtype=torch.int64)
+        stamps = torch.zeros(len(found), width, dtype=torch.int64)
+        for place, interest in enumerate(found):
+            length = len(interest.history)
+            rows = interest.history
+            if position is not None:
+                rows = [-row if row < 0 else position[row] for row in rows]
+            history[place, :length] = torch.tensor(rows, dtype=torch.int64)
+            moments = times[place]
+            if moments is not None:
+                stamps[place, :length] = torch.tensor(moments, dtype=torch.int64)
+        stored = self.artefact.users
+        numbers = [0 if stored is None or not request.user else stored.row(request.user) for request in requests]
+        user_texts = None
+        if self.artefact.reads_user_text:
+            user_texts = [
+                text
+                or self.artefact.user_text([state.display[row] for row in interest.history if row > 0], request.user)
+                for text, interest, request in zip(texts, found, requests, strict=True)
+            ]
+        return UserBatch(history=history, lengths=lengths, users=torch.tensor(numbers), times=stamps, texts=user_texts)
+
+
+def _decayed(steps: Tensor, times: Sequence[int] | None, half_life: float | None) -> Tensor:
+    """One interest vector from those after each event: the newest, or their mean with older events fading."""
+    if half_life is None or times is None or len(steps) != len(times):
+        return steps[-1]
+    ages = torch.tensor([times[-1] - time for time in times], dtype=torch.float32).clamp_min(0)
+    weights = torch.exp2(-ages / half_life)
+    return (weights / weights.sum()) @ steps

@@ -1,0 +1,136 @@
+"""When an item can be recommended, for runs whose candidates are what is alive when a user asks (``data.max_age``)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_rec.data.moments import moment_text
+from lightning_rec.recommend.types import RequestError
+
+#: The columns of ``items.parquet``, seconds since 1970; null: never.
+BORN, DIES = "born", "dies"
+#: The part of the manifest, and the field of an item that holds its publication.
+LIVES, PUBLISHED = "lives", "published"
+_NEVER = torch.iinfo(torch.int64).max
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True, eq=False)
+class Lives:
+    """From when until when each row can be recommended: at a moment ``t`` where ``born <= t <= dies``.
+
+    Attributes:
+        born: ``(n,)`` int64 seconds since 1970; the largest int64 for never.
+        dies: ``(n,)`` likewise.
+        max_age: how long an item lives, in hours; infinity: for ever.
+    """
+
+    born: Tensor
+    dies: Tensor
+    max_age: float
+
+    @classmethod
+    def of(cls, table: pa.Table, part: Mapping[str, Any]) -> Lives:
+        """Of the items of an artefact.
+
+        Args:
+            table: ``items.parquet``, one row an item.
+            part: what the manifest says: ``max_age``, None for no limit.
+        """
+        born, dies = (
+            torch.tensor([_NEVER, *table.column(name).fill_null(_NEVER).to_pylist()], dtype=torch.int64)
+            for name in (BORN, DIES)
+        )
+        return cls(born, dies, math.inf if part["max_age"] is None else float(part["max_age"]))
+
+    def at(self, moment: int) -> Tensor:
+        """``(n,)`` True where a row is alive."""
+        return (self.born <= moment) & (moment <= self.dies)
+
+    def span(self, moment: int) -> tuple[int, int]:
+        """The span of time, from the first number to before the second, in which the same rows are alive."""
+        ends = self.dies[self.dies < _NEVER] + 1
+        changes = torch.cat([self.born[self.born < _NEVER], ends])
+        past, future = changes[changes <= moment], changes[changes > moment]
+        return int(past.max()) if len(past) else -_NEVER, int(future.min()) if len(future) else _NEVER
+
+    def check(self, listed: Tensor, moment: int, folder: Path) -> None:
+        """Warns when no item is alive.
+
+        Args:
+            listed: ``(n,)`` True for the items of the catalogue.
+            moment: seconds since 1970.
+            folder: of the artefact, for the message.
+        """
+        if not bool((listed & self.at(moment)).any()):
+            warnings.warn(
+                f"No item of {folder} is alive: each lives for {self.max_age:g} hours. Answers will be empty until "
+                "items are added; export a newer run, or give the moment of the requests (now).",
+                stacklevel=4,
+            )
+
+    def with_born(self, moments: Mapping[int, int], n: int) -> Lives:
+        """With other births.
+
+        Args:
+            moments: row -> seconds since 1970.
+            n: how many rows there are now.
+        """
+        added = self.born.new_full((n - len(self.born),), _NEVER)
+        born, dies = torch.cat([self.born, added]), torch.cat([self.dies, added])
+        life = int(self.max_age * _HOUR) if self.max_age * _HOUR < 2.0**62 else None
+        for row, moment in moments.items():
+            born[row] = moment
+            dies[row] = _NEVER if life is None else moment + life
+        return replace(self, born=born, dies=dies)
+
+
+def publications(fields: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """When items were published, in seconds since 1970, by their field ``published``; None for those without.
+
+    Raises:
+        RequestError: a time that cannot be read; with the code ``bad_published``.
+    """
+    texts = [moment_text(item.get(PUBLISHED)) for item in fields]
+    filled = [place for place, text in enumerate(texts) if text is not None]
+    found: list[int | None] = [None] * len(texts)
+    if not filled:
+        return found
+    from lightning_rec.data.timestamps import parse_times  # pandas takes a second to import
+
+    times = parse_times(pa.chunked_array([pa.array([texts[place] for place in filled], pa.string())]))
+    for number, place in enumerate(filled):
+        found[place] = int(times.seconds[number])
+    for number in times.bad:  # those written otherwise than most
+        place = filled[number]
+        alone = parse_times(pa.chunked_array([pa.array([texts[place]], pa.string())]))
+        if alone.bad:
+            raise RequestError(
+                f"The item {fields[place].get('item_id')!r} has a {PUBLISHED} time that cannot be used: "
+                f"{alone.bad[0]}.",
+                "bad_published",
+                "Give seconds since 1970 or an ISO date and time, or leave it out: an item then lives from now on.",
+            )
+        found[place] = int(alone.seconds[0])
+    return found
+
+
+def moment(given: int | str | None) -> int | None:
+    """Seconds since 1970 of a moment that somebody wrote: such a number, or an ISO date and time; None stays None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return publications([{PUBLISHED: given}])[0]
+    except RequestError:
+        raise ValueError(f"now is {given!r}: give seconds since 1970, or a date such as 2019-11-10T12:00:00.") from None

@@ -1,0 +1,107 @@
+"""Which words of an item's text moved its score."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_rec.recommend.artefact import Artefact
+from lightning_rec.recommend.types import RequestError, Word
+
+_WORD = re.compile(r"\S+")
+_STEPS = 32
+
+
+def weigh_words(
+    artefact: Artefact, text: str, interest: Tensor, method: Literal["occlusion", "gradients"]
+) -> list[Word]:
+    """The effect of each word of a text on its score.
+
+    Args:
+        artefact: the towers.
+        text: what the item tower reads of the item.
+        interest: ``(d,)`` interest vector, ready for the product.
+        method: ``occlusion``: the score of the text minus that of the text without the word, exact; ``gradients``:
+            integrated gradients from a text of padding (Sundararajan, Taly and Yan, ICML 2017), which add up to the
+            difference of the two scores.
+
+    Returns:
+        Words in their order; those beyond the length limit have no effect. Where items have id vectors too, the score
+        is that of the text alone.
+
+    Raises:
+        RequestError: the item tower reads no text, or has no language model to take gradients of.
+    """
+    spans = [match.span() for match in _WORD.finditer(text)]
+    if not artefact.has_text_tower:
+        raise RequestError(
+            "The item tower reads no text, so no word has an effect.", "no_text_tower", "Ask without words."
+        )
+    if not spans:
+        return []
+    effects = (
+        _occlusion(artefact, text, spans, interest)
+        if method == "occlusion"
+        else gradients(artefact, text, spans, interest)
+    )
+    return [Word(text[start:end], effect) for (start, end), effect in zip(spans, effects, strict=True)]
+
+
+def _occlusion(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], interest: Tensor) -> list[float]:
+    shortened = [f"{text[:start]}{text[end:].lstrip()}" for start, end in spans]
+    scores = artefact.ready(artefact.encode_texts([text, *shortened])) @ interest
+    return [float(effect) for effect in scores[0] - scores[1:]]
+
+
+def gradients(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], interest: Tensor) -> list[float]:
+    """Integrated gradients over the input embeddings, summed over the tokens of each word."""
+    try:
+        from captum.attr import LayerIntegratedGradients
+    except ImportError as error:
+        raise RequestError(
+            "Integrated gradients need captum.",
+            "extra_missing",
+            'Run `pip install "lightning_rec[explain]"`, or ask for words by occlusion.',
+        ) from error
+    tower: Any = artefact.item_tower
+    if not hasattr(tower, "from_features"):
+        raise RequestError(
+            f"{type(tower).__name__} has no language model to take gradients of.",
+            "no_gradients",
+            "Ask for words by occlusion.",
+        )
+    encoder = tower.encoder
+    # captum needs gradients, and callers forbid them
+    with torch.inference_mode(False), torch.enable_grad():
+        wanted = interest.clone()
+        encoded = encoder.tokenizer(
+            text, truncation=True, max_length=encoder.max_tokens, return_offsets_mapping=True, return_tensors="pt"
+        )
+        ids = encoded["input_ids"]
+        if not ids.numel():
+            return [0.0] * len(spans)
+        offsets: list[tuple[int, int]] = [(int(start), int(end)) for start, end in encoded["offset_mapping"][0]]
+        special = torch.tensor([[start == end for start, end in offsets]])
+        baseline = torch.where(special, ids, torch.full_like(ids, encoder.pad_id))
+        model = encoder.running_model(ids.device)
+
+        def score(tokens: Tensor) -> Tensor:
+            return artefact.ready(tower.from_features(encoder(tokens))) @ wanted
+
+        attribution = LayerIntegratedGradients(score, model.get_input_embeddings()).attribute(
+            ids, baselines=baseline, n_steps=_STEPS, internal_batch_size=8
+        )
+    by_token = attribution.detach().sum(-1)[0].tolist()
+    effects = [0.0] * len(spans)
+    word = 0
+    for (start, end), value in zip(offsets, by_token, strict=True):
+        if start == end:
+            continue
+        while word + 1 < len(spans) and start >= spans[word][1]:
+            word += 1
+        effects[word] += value
+    return effects
