@@ -13,13 +13,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.core.mixins import HyperparametersMixin
 from torch import nn
 
 from lightning_rec.data.batch import CatalogueView
 
 if TYPE_CHECKING:
-    from lightning_rec.module import TwoTower
+    from lightning.pytorch.core.mixins import HyperparametersMixin
+
+    from lightning_rec.tower_module import TowerModule
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -55,7 +56,7 @@ def written_names(module: nn.Module) -> set[str]:
     return set(module.state_dict()) - frozen
 
 
-def on_save(module: TwoTower, checkpoint: dict[str, Any]) -> None:
+def on_save(module: TowerModule, checkpoint: dict[str, Any]) -> None:
     """Leaves what was trained in ``checkpoint`` and adds sizes and random state."""
     names = written_names(module)
     checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
@@ -67,6 +68,11 @@ def on_save(module: TwoTower, checkpoint: dict[str, Any]) -> None:
         "users_digest": module.users_digest,
     }
     checkpoint["random_state"] = random_state(module.device)
+    from lightning_rec.towers import adalora  # it loads peft, which most readers of checkpoints do without
+
+    ranks = adalora.schedule_state(module)
+    if ranks:
+        checkpoint["adapter_ranks"] = ranks
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -84,7 +90,7 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def on_load(module: TwoTower, checkpoint: dict[str, Any], view: CatalogueView | None) -> None:
+def on_load(module: TowerModule, checkpoint: dict[str, Any], view: CatalogueView | None) -> None:
     """Builds the towers if need be, checks the keys and completes the state with what is frozen.
 
     Raises:
@@ -116,11 +122,14 @@ def on_load(module: TwoTower, checkpoint: dict[str, Any], view: CatalogueView | 
         raise RuntimeError(_mismatch(missing, foreign))
     current = module.state_dict()
     checkpoint["state_dict"] = {name: given.get(name, current[name]) for name in current}
+    from lightning_rec.towers import adalora
+
+    adalora.restore_schedule(module, checkpoint.get("adapter_ranks", {}))
     if "random_state" in checkpoint and checkpoint.get("global_step", 0) > 0:
         module.restored_random_state = checkpoint["random_state"]
 
 
-def _other_catalogue(module: TwoTower, sizes: dict[str, Any], view: CatalogueView | None) -> bool:
+def _other_catalogue(module: TowerModule, sizes: dict[str, Any], view: CatalogueView | None) -> bool:
     """True when text towers meet another catalogue than the one they were fitted on; id towers refuse."""
     if view is None:
         return False

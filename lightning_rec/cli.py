@@ -1,4 +1,4 @@
-"""The one entry point: ``lightning-rec fit | validate | test | predict``."""
+"""The one entry point: ``fit | validate | test | predict``, and ``export | recommend | explain | serve``."""
 
 from __future__ import annotations
 
@@ -8,119 +8,18 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
-from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from lightning_rec.callbacks import PredictionWriter, ResultWriter, run_folder
-from lightning_rec.callbacks.resumption import PatientStopping, RunCheckpoint
-from lightning_rec.cli_errors import RecArgumentParser, end_with
-from lightning_rec.data import RecDataModule
-from lightning_rec.run_files import checkpoint_config, resolve_checkpoint
+from lightning_rec.cli_errors import end_with
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and commands over an artefact do without it
+    from lightning_rec.training_cli import RecCLI
 
 COMMANDS = ("fit", "validate", "test", "predict")
-
-
-class ConfigSaver(SaveConfigCallback):
-    """Saves what ran: ``config.yaml`` in the folder of a fit, ``test_config.yaml`` and so on in that of its checkpoint.
-
-    W&B and TensorBoard get it too.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the file of any command but ``fit``."""
-        if trainer.state.fn is not None and trainer.state.fn.value != "fit":
-            self._save(trainer, f"{trainer.state.fn.value}_config.yaml")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file of ``fit``, whose folder is known only now that the checkpoint callback is set up."""
-        self._save(trainer, "config.yaml")
-        if trainer.is_global_zero and trainer.loggers:
-            config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger | TensorBoardLogger):
-                    logger.log_hyperparams(config)
-
-    def _save(self, trainer: Trainer, name: str) -> None:
-        folder = run_folder(trainer, self.config.get("ckpt_path"))  # on every rank, see there
-        if self.already_saved:
-            return
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, str(folder / name), skip_unset=False, overwrite=True, multifile=False, format="yaml"
-            )
-        self.already_saved = trainer.strategy.broadcast(True)
-
-
-class RecCLI(LightningCLI):
-    """LightningCLI with checkpoints, early stopping and results set up for ranking."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks that every run has; each of their options can be set."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(PatientStopping, "early_stopping")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/ndcg@10",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
-                # no "/" or "=" from a metric's name may reach a file name
-                "checkpoint.filename": "epoch_{epoch:03d}-step_{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "early_stopping.monitor": "val/ndcg@10",
-                "early_stopping.mode": "max",
-                "early_stopping.patience": 10,
-                # a run without validation trains to its end
-                "early_stopping.strict": False,
-            }
-        )
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults({"weights_only": True})
-        if subcommand == "predict":
-            parser.set_defaults({"return_predictions": False})
-        return parser
-
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config as it is: what the command line says wins over a checkpoint (see ``main``)."""
-
-    def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint that ``best`` or ``last`` means, and keeps a resumed run in its folder."""
-        config: Namespace = self.config[self.subcommand]
-        wanted = config.get("ckpt_path")
-        if wanted is not None:
-            path = resolve_checkpoint(str(wanted), config.trainer.default_root_dir)
-            config["ckpt_path"] = str(path)
-            if config.checkpoint.dirpath is None and path.parent.name == "checkpoints":
-                config.checkpoint["dirpath"] = str(path.parent)
-            if self.subcommand == "fit":
-                _same_wandb_run(config.trainer.logger, path)
-        if self.subcommand != "fit" and config.trainer.logger is None:
-            config.trainer["logger"] = False
-        quiet_wandb()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Makes the run's folder absolute, by which a resumed run knows its own checkpoints again."""
-        root = self._get(self.config_init, "trainer").default_root_dir
-        return super().instantiate_trainer(default_root_dir=os.path.abspath(root or "."), **kwargs)
-
-
-def _same_wandb_run(logger: Any, checkpoint: Path) -> None:
-    """A resumed run goes on in its own W&B run, whose id is the name of its folder."""
-    if not isinstance(logger, Namespace) or not str(logger.class_path).endswith("WandbLogger"):
-        return
-    run = checkpoint.resolve().parent.parent
-    if logger.init_args.get("id") is None and run.parent.name == logger.init_args.get("project"):
-        logger.init_args["id"] = run.name
-        logger["dict_kwargs"] = {"resume": "allow", **dict(logger.get("dict_kwargs") or {})}
+#: Commands of ``lightning_rec.commands``, which read no config.
+ARTEFACT_COMMANDS = ("export", "recommend", "explain", "serve")
 
 
 def quiet_wandb() -> None:
@@ -133,14 +32,14 @@ def quiet_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def main(args: Sequence[str] | None = None) -> RecCLI:
+def main(args: Sequence[str] | None = None) -> RecCLI | None:
     """Runs one command.
 
     Args:
         args: the command line; None takes that of the process.
 
     Returns:
-        The finished CLI, with its ``trainer``, ``model`` and ``datamodule``.
+        The finished CLI, with its ``trainer``, ``model`` and ``datamodule``; None for a command over an artefact.
 
     Raises:
         SystemExit: with code 2 after the sentence that says what is wrong with an option, a file or a row.
@@ -149,7 +48,6 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
     # a user's own towers may lie in the working directory
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    torch.set_float32_matmul_precision("high")
     # what Lightning 2.6 calls of newer jsonargparse and torch is none of the user's business
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
@@ -157,6 +55,11 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python.*")
     given = list(sys.argv[1:] if args is None else args)
     try:
+        if given and given[0] in ARTEFACT_COMMANDS:
+            from lightning_rec.commands import run as run_command
+
+            run_command(given[0], given[1:])
+            return None
         return _run(given)
     except Exception as error:
         end_with(error)
@@ -164,25 +67,21 @@ def main(args: Sequence[str] | None = None) -> RecCLI:
 
 
 def _run(args: list[str]) -> RecCLI:
+    import torch
+
+    from lightning_rec.training_cli import run as run_training
+
+    torch.set_float32_matmul_precision("high")
+    quiet_wandb()
     with tempfile.TemporaryDirectory() as folder:
-        return RecCLI(
-            LightningModule,
-            RecDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=ConfigSaver,
-            parser_class=RecArgumentParser,
-            parser_kwargs={"prog": "lightning-rec", "description": DESCRIPTION},
-            seed_everything_default=0,
-            # a small data set has few steps an epoch
-            trainer_defaults={"callbacks": [ResultWriter()], "log_every_n_steps": 10},
-            args=with_checkpoint_config(args, Path(folder)),
-        )
+        return run_training(with_checkpoint_config(args, Path(folder)), DESCRIPTION)
 
 
 DESCRIPTION = """Trains, tests and applies two-tower recommenders over pretrained language models.
-Try: lightning-rec fit --config configs/video/ml100k.yaml"""
+Try: lightning-rec fit --config configs/video/ml100k.yaml.
+A fitted run goes on with: lightning-rec export (write it as a folder that answers without the data and the run),
+recommend (answer requests from that folder), explain (say why an item has its score) and serve (do both over HTTP).
+Each has its own --help."""
 
 
 def with_checkpoint_config(args: list[str], folder: Path) -> list[str]:
@@ -201,6 +100,8 @@ def with_checkpoint_config(args: list[str], folder: Path) -> list[str]:
     path = _option(args, "ckpt_path")
     if path is None:
         return args
+    from lightning_rec.run_files import checkpoint_config, resolve_checkpoint
+
     checkpoint = resolve_checkpoint(path, _option(args, "trainer.default_root_dir"))
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(checkpoint_config(checkpoint), allow_unicode=True), encoding="utf-8")

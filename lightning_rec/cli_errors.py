@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser
 
 PACKAGE = Path(__file__).parent
 #: Where the classes lie that a config may name.
@@ -24,11 +24,12 @@ ROOMS = (
     "lightning_rec.towers.score",
     "lightning_rec.objectives",
     "lightning_rec.metrics",
+    "lightning_rec.pretraining",
     "lightning_rec.data.readers",
     "lightning_rec.callbacks",
     "peft",
 )
-_USER_ERRORS = (ValueError, FileNotFoundError, RuntimeError, FloatingPointError)
+_USER_ERRORS = (ValueError, FileNotFoundError, RuntimeError, FloatingPointError, ImportError)
 # lines of jsonargparse that repeat the types and the whole config
 _NOISE = re.compile(
     r"^\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value type: .*|"
@@ -36,7 +37,7 @@ _NOISE = re.compile(
 )
 
 
-class RecArgumentParser(LightningArgumentParser):
+class CommandParser(ArgumentParser):
     """Says in a few lines what is wrong with an option, and names the one that was meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -140,7 +141,9 @@ def _near_class(class_path: str) -> str:
     name = class_path.rpartition(".")[2]
     known: dict[str, str] = {}
     for room in ROOMS:
-        for found, value in vars(importlib.import_module(room)).items():
+        module = importlib.import_module(room)
+        for found in dir(module):  # names that are imported with their first use are listed too
+            value = getattr(module, found, None)
             if isinstance(value, type) and not found.startswith("_") and not inspect.isabstract(value):
                 known.setdefault(found, f"{room}.{found}")
     lowered = {found.lower(): path for found, path in known.items() if path.startswith("lightning_rec")}

@@ -14,19 +14,19 @@ def _all(module: LightningModule, tensor: Tensor, sync_grads: bool = False) -> T
     return cast(Tensor, module.all_gather(tensor, sync_grads=sync_grads))
 
 
-def across_ranks(module: LightningModule, loss: Tensor, count: int) -> Tensor:
+def across_ranks(module: LightningModule, loss: Tensor, count: float) -> Tensor:
     """Scales a mean over this device's steps so that the mean over devices is the mean over all steps.
 
     Args:
         module: gives the collective calls.
         loss: mean over ``count`` steps.
-        count: supervised steps on this device.
+        count: supervised steps on this device, or the sum of their weights.
 
     Returns:
         The scaled loss.
     """
     counts = _all(module, torch.tensor(float(count), device=loss.device))
-    return loss * (count * module.trainer.world_size / counts.sum().clamp(min=1.0))
+    return loss * (count * module.trainer.world_size / counts.sum().clamp(min=1e-9))
 
 
 def gather_candidates(
@@ -89,3 +89,23 @@ def known_columns(known: Tensor, rows: Tensor, n_rows: int, whole: bool) -> Tens
     column[rows] = torch.arange(len(rows), device=known.device)
     columns = column[known].sort(dim=1, descending=True).values
     return columns[:, : int((columns >= 0).sum(1).max()) if columns.numel() else 0]
+
+
+def history_columns(history: Tensor, table: Tensor, rows: Tensor, n_rows: int, whole: bool) -> Tensor:
+    """Candidate columns of the events of histories.
+
+    Args:
+        history: ``(b, t)`` positions in the step's item table, padded with 0.
+        table: ``(n,)`` catalogue rows of the item table.
+        rows: ``(c,)`` catalogue rows of the candidates.
+        n_rows: rows of the catalogue.
+        whole: the candidates are all rows from 1 on.
+
+    Returns:
+        ``(b, t)`` columns, -1 for padding and for what is no candidate.
+    """
+    if whole:
+        return history - 1
+    column = torch.full((n_rows,), -1, dtype=torch.int64, device=history.device)
+    column[rows] = torch.arange(len(rows), device=history.device)
+    return column[table[history]]

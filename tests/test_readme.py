@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,20 +27,28 @@ def named(text: str) -> str:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ lightning-rec ")]
-    return [line.split()[2:] for line in lines]
+    return [shlex.split(line)[2:] for line in lines]
 
 
-def test_shop_of_the_readme(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "tests/data/files/shop", tmp_path / "shop")
+def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    for name in ("shop", "mind"):
+        shutil.copytree(ROOT / "tests/data/files" / name, tmp_path / name)
     for text in (*blocks("yaml"), *blocks("python")):
         (tmp_path / named(text)).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_REC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    ran = [command[0] for command in commands() if main([*command, "--trainer.accelerator", "cpu"])]
-    assert ran == ["fit", "test", "predict", "fit"]
+    fitted = ["fit", "test", "predict"]
+    for command in commands():
+        main([*command, *(["--trainer.accelerator", "cpu"] if command[0] in (*fitted, "validate") else [])])
+    ran = [command[0] for command in commands()]
+    assert ran == [*fitted, "export", "recommend", "recommend", "explain", "fit", "validate", "predict", "fit"]
+    assert "is recommended because" in capsys.readouterr().out
     predictions = next((tmp_path / "runs/shop").rglob("predictions.jsonl")).read_text().splitlines()
     assert {json.loads(line)["user_id"] for line in predictions} == {f"u{number:03d}" for number in range(1, 41)}
+    shown = (tmp_path / "mind/test/behaviors.tsv").read_text(encoding="utf-8").splitlines()
+    ranked = next((tmp_path / "runs/news").rglob("prediction.txt")).read_text().splitlines()
+    assert [line.split(" ")[0] for line in ranked] == [line.split("\t")[0] for line in shown]
 
 
 def test_files_that_the_readme_names_exist():

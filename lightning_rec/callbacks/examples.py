@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from lightning_rec.alive import alive_windows
 from lightning_rec.data.collate import BatchIndex
 from lightning_rec.metrics.ranks import top_k
 
@@ -17,7 +18,8 @@ COLUMNS = ["user", "history", "recommended", "target"]
 class ExampleTable(Callback):
     """Logs a table of histories with recommendations by title after each validation, to W&B or TensorBoard.
 
-    The same users are shown each time, so that one can watch their recommendations change.
+    The same users are shown each time, so that one can watch their recommendations change. With impressions the
+    recommendations are the best of the candidates, and the target is what was clicked.
 
     Args:
         users: number of validation users, spread evenly over all of them.
@@ -32,7 +34,8 @@ class ExampleTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the table, on one device."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
-        if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+        ranks = hasattr(pl_module, "user_tower")  # pretraining of a language model knows no users
+        if trainer.sanity_checking or not trainer.is_global_zero or not loggers or not ranks:
             return
         step = max(0, trainer.global_step - 1)  # where Lightning logs the figures of this validation
         rows = self.rows(trainer.datamodule, pl_module)  # type: ignore[attr-defined]  # set by Lightning
@@ -53,16 +56,27 @@ class ExampleTable(Callback):
         batch = dataset[BatchIndex(chosen, (0,))].to(module.device)
         was_training = module.training
         module.eval()
-        interest, items, _ = module.interests(batch)
-        _, found = top_k(interest, items, self.titles, batch.seen)
+        shown = batch.impressions
+        if shown is None:
+            interest, items, _ = module.interests(batch)
+            bonus = module.history_bonus(batch.users)
+            _, found = top_k(interest, items, self.titles, batch.seen, alive=alive_windows(data, batch), bonus=bonus)
+            targets = batch.targets
+        else:
+            scores = module.predict_step(batch, 0)["scores"].masked_fill(~shown.mask, -torch.inf)
+            best = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.titles]
+            found, targets = shown.candidates.gather(1, best), shown.candidates * (shown.labels == 1)
         module.train(was_training)
         module.forget_catalogue()
         display = data.catalogue.display
         rows = []
-        for number, user in enumerate(batch.users.users.tolist()):
+        users = batch.users.users.tolist()
+        if shown is not None:  # the batch does not say who a user is that training does not know
+            users = data.impressions.users[dataset.numbers[chosen]].tolist()
+        for number, user in enumerate(users):
             length = int(batch.users.lengths[number])
             history = batch.users.history[number, max(0, length - self.titles) : length].tolist()
-            target = batch.targets[number].tolist()
+            target = targets[number].tolist()
             rows.append(
                 [
                     data.user_ids[user],

@@ -14,6 +14,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_rec.callbacks.impression_results import impression_table, submission, without_padding, write_submission
+
 
 def run_folder(trainer: Trainer, ckpt_path: str | None = None) -> Path:
     """The folder of the run: above its checkpoints, else that of the logger, else ``default_root_dir``.
@@ -60,24 +62,39 @@ class ResultWriter(Callback):
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict`` recommends: one group of rows for every user asked for, in order, with raw ids.
+    """Writes what ``predict`` answers, in the order asked for and with raw ids.
 
-    Columns: ``user_id``, ``rank`` (from 1), ``item_id``, ``score``, ``source`` (``towers``, or ``popularity`` for a
-    user that the towers know nothing of). A user who has touched everything has no rows.
+    Recommendations: one group of rows for every user, with the columns ``user_id``, ``rank`` (from 1), ``item_id``,
+    ``score``, ``source`` (``towers``, or ``popularity`` for a user that the towers know nothing of). A user who has
+    touched everything has no rows.
+
+    Impressions: one group of rows for every impression, with ``impression_id`` before these columns, the candidates
+    from the best to the worst.
 
     Args:
-        path: the file; None writes ``predictions.parquet`` or ``predictions.jsonl`` into the run's folder.
-        format: ``parquet``, or ``jsonl``: JSON Lines.
+        path: the file; None writes ``predictions.parquet``, ``predictions.jsonl`` or ``prediction.txt`` into the run's
+            folder.
+        format: ``parquet``; ``jsonl``: JSON Lines; ``mind``: the submission format of MIND for impressions, a line
+            an impression in the order of the file with the rank of each of its candidates in the order shown.
     """
 
-    def __init__(self, path: str | None = None, format: Literal["parquet", "jsonl"] = "parquet") -> None:
+    def __init__(self, path: str | None = None, format: Literal["parquet", "jsonl", "mind"] = "parquet") -> None:
         self.path = path
         self.format = format
         self._parts: list[dict[str, torch.Tensor]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets an earlier prediction."""
+        """Forgets an earlier prediction.
+
+        Raises:
+            ValueError: when MIND's format is asked for and there are no impressions.
+        """
         self._parts = []
+        if self.format == "mind" and not _of_impressions(pl_module):
+            raise ValueError(
+                "predictions.format: mind ranks the candidates of impressions, and this run recommends items to users: "
+                "use parquet or jsonl, or lightning_rec.ImpressionTwoTower with a data module of impressions."
+            )
 
     def on_predict_batch_end(
         self,
@@ -89,22 +106,40 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps rows and scores of a batch, on the CPU."""
-        self._parts.append({name: value.cpu() for name, value in outputs.items()})
+        impressions = _of_impressions(pl_module)
+        self._parts.append(
+            without_padding(outputs) if impressions else {name: value.cpu() for name, value in outputs.items()}
+        )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the users of all devices in order and writes them."""
+        """Puts the answers of all devices in order and writes them."""
         joined = _joined(self._parts)
         self._parts = []
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, joined)
             joined = _joined([part for part in gathered if part])
-        path = Path(self.path) if self.path else run_folder(trainer) / f"predictions.{self.format}"
-        if trainer.is_global_zero:
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+        name = "prediction.txt" if self.format == "mind" else f"predictions.{self.format}"
+        path = Path(self.path) if self.path else run_folder(trainer) / name
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+        if not _of_impressions(pl_module):
+            assert self.format != "mind"
             table = prediction_table(joined, data.asked_users, data.catalogue.ids)
             write_table(table, path, self.format)
             rank_zero_info(f"{len(data.asked_users):,} users: {table.num_rows:,} recommendations written to {path}.")
+            return
+        asked = data.asked_impressions
+        if self.format == "mind":
+            write_submission(submission(joined, asked), path)
+        else:
+            write_table(impression_table(joined, asked, data.asked_users, data.catalogue.ids), path, self.format)
+        rank_zero_info(f"The ranked candidates of {len(asked):,} impressions were written to {path}.")
+
+
+def _of_impressions(module: LightningModule | None) -> bool:
+    return bool(getattr(module, "answers_impressions", False))
 
 
 def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

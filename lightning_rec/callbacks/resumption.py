@@ -12,7 +12,8 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``, but with ``save_last`` the file ``last.ckpt`` is the run's last state.
 
     Lightning 2.6 writes it only when it also writes one of the best: after epochs that did not improve, a resumed run
-    would begin again at the best of them.
+    would begin again at the best of them. And with ``check_val_every_n_epoch`` above 1 it waits for a validation, which
+    a run on all events (``fit_on: train_validation``) does not have: a stopped one would leave nothing.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -22,10 +23,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._keep_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best and the last, where validation ends with the epoch or there is none."""
+        """Saves the best, where validation ends with the epoch or there is none, and the last after every epoch."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._should_save_on_train_epoch_end(trainer):
-            self._keep_last(trainer)
+        self._keep_last(trainer)
 
     def _keep_last(self, trainer: Trainer) -> None:
         # skipped where this step has been saved, and outside of fit

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_rec import EcommerceDataModule, TwoTower
+from lightning_rec import EcommerceDataModule, ImpressionPopularity, NewsImpressionDataModule, TwoTower
 from lightning_rec.callbacks import ExampleTable
+from lightning_rec.data.collate import BatchIndex
 from lightning_rec.data.readers import Files
 from lightning_rec.towers import ConstantUserTower, IdItemTower, PopularityItemTower, SequenceUserTower
 
@@ -49,6 +51,25 @@ def test_more_users_than_there_are():
     assert len({row[0] for row in rows}) == 40
     assert module.training, "as it was"
     assert module._catalogue is None, "the next validation encodes anew"
+
+
+def test_impressions_show_the_best_candidates_and_what_was_clicked():
+    data = NewsImpressionDataModule(path=str(SHOP.parent / "mind"))
+    data.setup()
+    module = ImpressionPopularity("recent")
+    module.build(data.view)
+    rows = ExampleTable(users=1000, titles=3).rows(data, module)
+    dataset = data.evaluation_dataset("validation")
+    batch = dataset[BatchIndex(np.arange(len(dataset)), (0,))]
+    shown, display = batch.impressions, data.catalogue.display
+    assert len(rows) == len(dataset) > 10
+    for number, (user, _, recommended, clicked) in enumerate(rows):
+        size = int(shown.sizes[number])
+        candidates, labels = shown.candidates[number, :size].tolist(), shown.labels[number, :size].tolist()
+        best = sorted(range(size), key=lambda place: -float(shown.popularity[number, place]))[:3]
+        assert user == data.user_ids[data.impressions.users[dataset.numbers[number]]]
+        assert recommended == "; ".join(display(candidates[place]) for place in best)
+        assert clicked == "; ".join(display(row) for row, label in zip(candidates, labels, strict=True) if label == 1)
 
 
 def test_other_loggers_are_left_alone(tmp_path):

@@ -47,3 +47,25 @@ def test_patience_is_that_of_the_config():
     after = PatientStopping("val/ndcg@10", patience=3)
     after.load_state_dict(before.state_dict())
     assert (after.patience, after.wait_count) == (3, 4)
+
+
+def test_a_run_on_all_events_that_would_validate_now_and_then_is_saved(tmp_path, monkeypatch):
+    """Lightning saves at the end of validation when that does not come every epoch; here it never comes."""
+    saver = RunCheckpoint(tmp_path, monitor=None, save_last=True)
+    saved = []
+    monkeypatch.setattr(
+        saver, "_save_last_checkpoint", lambda trainer, _: saved.append((trainer.current_epoch, trainer.global_step))
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[saver],
+        max_epochs=3,
+        check_val_every_n_epoch=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    reader = Files(str(SHOP / "interactions.csv"), str(SHOP / "items.csv"))
+    module = TwoTower(IdItemTower(4), PooledUserTower())
+    trainer.fit(module, EcommerceDataModule(reader, min_rating=0, fit_on="train_validation"))
+    assert saved[:3] == [(0, 1), (1, 2), (2, 3)]  # after each epoch, and Lightning once more at the end of the fit

@@ -1,0 +1,131 @@
+"""The members of an ensemble: fitted runs opened again, and their towers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+
+from lightning_rec import checkpoint as saved
+from lightning_rec.data.batch import Batch, CatalogueView, ItemBatch, UserBatch
+from lightning_rec.module import TwoTower
+from lightning_rec.run_files import checkpoint_config, load_checkpoint
+from lightning_rec.tower_module import last_step
+from lightning_rec.towers import ItemTower, UserTower
+
+
+def newest(users: UserBatch, window: int | None) -> UserBatch:
+    """The same users with the newest ``window`` events of their histories only; None keeps all."""
+    width = users.history.shape[1]
+    if window is None or width <= window:
+        return users
+    lengths = users.lengths.clamp(max=window)
+    steps = torch.arange(window, device=lengths.device)
+    places = ((users.lengths - lengths)[:, None] + steps).clamp(max=width - 1)
+    outside = steps >= lengths[:, None]
+    times = None if users.times is None else users.times.gather(1, places).masked_fill(outside, 0)
+    return replace(users, history=users.history.gather(1, places).masked_fill(outside, 0), lengths=lengths, times=times)
+
+
+class MemberItems(ItemTower):
+    """The item vectors of all members side by side."""
+
+    reads_variants = True  # nothing is trained, so that there are none
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: Sequence[TwoTower] = ()
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Sums the members' widths."""
+        self.dim = sum(member.item_tower.dim for member in self.members)
+
+    def prepare(self, catalogue: CatalogueView) -> None:
+        """Attaches the data to the towers of all members."""
+        for member in self.members:
+            member.item_tower.prepare(catalogue)
+            member.user_tower.prepare(catalogue)
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, d)`` item vectors, as each member's tower returns them."""
+        return torch.cat([member.item_tower(items).float() for member in self.members], 1)
+
+
+class MemberUsers(UserTower):
+    """The interest vectors of all members side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members: Sequence[TwoTower] = ()
+        self.windows: Sequence[int | None] = ()
+
+    def knows(self, users: UserBatch) -> Tensor:
+        """``(b,)`` True where any member knows the user."""
+        return torch.stack([member.user_tower.knows(users) for member in self.members]).any(0)
+
+    def forward(self, users: UserBatch, items: Tensor) -> Tensor:
+        """``(b, 1, d)`` interest at the end of the history, as each member's tower returns it."""
+        parts = []
+        vectors = items.split([member.item_tower.dim for member in self.members], 1)
+        for member, window, part in zip(self.members, self.windows, vectors, strict=True):
+            own = newest(users, window)
+            parts.append(last_step(member.user_tower(own, part), Batch(own)).float())
+        return torch.cat(parts, 1)[:, None]
+
+
+def open_member(path: Path, view: CatalogueView, name: str) -> tuple[TwoTower, dict[str, Any]]:
+    """Builds the model of a run and loads its weights strictly.
+
+    Args:
+        path: a checkpoint of ``lightning-rec fit``.
+        view: the data that it is to answer for.
+        name: how messages name it.
+
+    Returns:
+        The model, in evaluation mode, and the options of the data module that it was fitted with.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is no file: give checkpoints that `lightning-rec fit` wrote.")
+    loaded = load_checkpoint(path)
+    model = checkpoint_config(path).get("model")
+    if "catalogue" not in loaded or not isinstance(model, dict) or "class_path" not in model:
+        raise ValueError(
+            f"{name} cannot be built again: give a checkpoint of `lightning-rec fit`, in its run folder with the "
+            "config.yaml that names its model class."
+        )
+    _same_data(loaded["catalogue"], view, name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(TwoTower, "model", required=True)
+    try:
+        member = parser.instantiate(parser.parse_object({"model": model}))["model"]
+    except Exception as error:
+        raise ValueError(
+            f"{name} is a {model['class_path']}, which cannot be built as a lightning_rec.TwoTower: {error}"
+        ) from error
+    member.build(view)
+    try:
+        saved.on_load(member, loaded, view)
+    except RuntimeError as error:
+        raise ValueError(f"{name} does not fit: {error}") from error
+    member.load_state_dict(loaded["state_dict"])
+    member.restored_random_state = None
+    member.val_metrics, member.test_metrics = nn.ModuleList(), nn.ModuleList()
+    return member.requires_grad_(False).eval(), dict(loaded.get("datamodule_hyper_parameters", {}))
+
+
+def _same_data(sizes: dict[str, Any], view: CatalogueView, name: str) -> None:
+    for what, digest, number, here in (
+        ("items", "ids_digest", sizes["n_rows"], view.n_rows),
+        ("users", "users_digest", sizes["n_users"], view.n_users),
+    ):
+        if sizes[digest] != getattr(view, digest):
+            raise ValueError(
+                f"{name} was fitted on other {what}: it knows {number - 1:,}, the data has {here - 1:,}, with other "
+                "ids or in another order. The members of an ensemble share one catalogue and the same users: use the "
+                "data module options that they were fitted with."
+            )
