@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The default test suite in .venv. Arguments go to pytest:
+# The default test suite in .venv, one file of tests a core at a time. Arguments go to pytest, which then uses one core:
 #   scripts/test.sh                     all tests but those marked slow
 #   scripts/test.sh -m slow             the slow ones
 #   scripts/test.sh tests/data -k split
@@ -14,4 +14,5 @@ case ${1:-} in
 esac
 
 scripts/_environment.sh test
+[ $# -gt 0 ] || set -- --numprocesses auto --maxprocesses 8 --dist loadfile
 exec .venv/bin/python -m pytest "$@"
