@@ -124,7 +124,7 @@ def test_two_halves_give_the_gradient_of_the_whole_batch(data, objective, candid
     expected = gradients(module)
     module.zero_grad()
     first, second = in_two_processes(step_of_one_rank, module, halves)
-    assert first[0] == second[0] == pytest.approx(loss.item(), rel=1e-6)
+    assert first[0] == second[0] == pytest.approx(loss.item(), rel=1e-5)
     assert set(first[1]) == set(expected)
     for name, gradient in expected.items():
         # log-q is float32
@@ -140,7 +140,7 @@ def test_without_gathering_each_half_has_its_own_candidates(data):
     steps = [int((half.targets > 0).sum()) for half in halves]
     losses = [module.loss(half).item() for half in halves]
     found, _ = in_two_processes(step_of_one_rank, module, halves)
-    assert found[0] == pytest.approx(np.average(losses, weights=steps), rel=1e-6)
+    assert found[0] == pytest.approx(np.average(losses, weights=steps), rel=1e-5)
 
 
 def test_log_q_of_the_union_is_that_of_the_whole_batch(data):

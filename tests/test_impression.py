@@ -141,7 +141,7 @@ def test_the_loss_against_a_loop(tower, in_batch):
                 losses.append(torch.stack([score, *negatives]).logsumexp(0) - score)
     assert len(losses) > 10
     assert excluded > 0 or not in_batch
-    assert module.loss(batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert module.loss(batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
 def test_what_a_tower_wants_added_to_the_loss(monkeypatch):

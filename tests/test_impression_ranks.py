@@ -26,6 +26,8 @@ model:
         dropout: 0.0
     user_tower: {class_path: lightning_rec.towers.NRMSUserTower, init_args: {heads: 2, hidden: 8, dropout: 0.0}}
     objective: OBJECTIVE
+    # AdamW would make whole steps of the rounding left where a gradient is nought, as that of a bias of keys
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
     age: lightning_rec.towers.age.AgeBias
 data:
   class_path: lightning_rec.NewsImpressionDataModule
@@ -53,7 +55,7 @@ def test_two_ranks_are_one(objective: str, tmp_path: Path, monkeypatch: pytest.M
     one, two = (torch.load(_last(folder), weights_only=True)["state_dict"] for folder in folders.values())
     assert one.keys() == two.keys()
     for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-4, msg=name)
 
     found = []
     for number, devices in enumerate(([], TWO)):

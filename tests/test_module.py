@@ -133,7 +133,7 @@ def test_one_vector_a_history_is_supervised_by_what_follows_it():
         torch.manual_seed(0)
         module.build(data.view)
     # the only supervised step of a random prefix is its last
-    assert summary.loss(batch).item() == pytest.approx(whole.loss(batch).item(), rel=1e-6)
+    assert summary.loss(batch).item() == pytest.approx(whole.loss(batch).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("reentry", [False, True], ids=["plain", "gradient checkpointing"])

@@ -207,7 +207,7 @@ def test_new_changed_and_removed_items(shop: Recommender) -> None:
     direct = shop.artefact.ready(shop.artefact.encode_texts([text]))
     vector = shop.interests.read([Request(history=ids[:1])], shop.state)[0].vector
     assert vector is not None
-    assert float(direct[0] @ vector) == pytest.approx(next(i.score for i in everything if i.id == "new"), abs=1e-5)
+    assert float(direct[0] @ vector) == pytest.approx(next(i.score for i in everything if i.id == "new"), rel=1e-5)
     assert shop.recommend(Request(history=["new"])).path == "towers"
     with pytest.raises(RequestError, match="already"):
         shop.add_items([{"item_id": "new", "title": "x"}])
