@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,17 +115,33 @@ def written(content):
 
 
 def records(folder):
-    """Config, history and run ids of the offline runs below a folder, as they were written."""
+    """Config, history and run ids of the offline runs below a folder, as they were written.
+
+    A process of W&B writes them, and may be busy with it for a while after a run has ended.
+    """
     from wandb.proto import wandb_internal_pb2
+
+    def read(path):
+        found = []
+        for data in written(path.read_bytes()):
+            found.append(wandb_internal_pb2.Record())
+            found[-1].ParseFromString(data)
+        return found
+
+    def whole(path):
+        for _ in range(600):
+            found = read(path)
+            if any(record.WhichOneof("record_type") == "exit" for record in found):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{path} has no end")
 
     def name(item):
         return item.key or "/".join(item.nested_key)
 
     config, history, ids = [], [], []
     for path in sorted(Path(folder).rglob("run-*.wandb")):
-        for data in written(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in whole(path):
             config += [name(item) for item in [*record.config.update, *record.run.config.update]]
             if record.run.run_id:
                 ids.append(record.run.run_id)
@@ -178,6 +195,8 @@ def test_wandb_offline(base, no_account, tmp_path):
         assert moments, name
         assert moments == sorted(set(moments)), f"{name} once at each of its steps, which only rise"
     assert sum("train/loss" in row for row in history) == 9
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"epoch_002-step_9.ckpt", "last.ckpt"}, "a resumed run knows its own checkpoints"
 
 
 def test_tensorboard(base, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -13,8 +14,15 @@ class RunCheckpoint(ModelCheckpoint):
 
     Lightning 2.6 writes it only when it also writes one of the best: after epochs that did not improve, a resumed run
     would begin again at the best of them. And with ``check_val_every_n_epoch`` above 1 it waits for a validation, which
-    a run on all events (``fit_on: train_validation``) does not have: a stopped one would leave nothing.
+    a run on all events (``fit_on: train_validation``) does not have: a stopped one would leave nothing. Its folder is
+    absolute, also where a logger names a relative one: by its folder a resumed run knows its own checkpoints again.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the folder."""
+        super().setup(trainer, pl_module, stage)
+        if self.dirpath and "://" not in str(self.dirpath):
+            self.dirpath = os.path.abspath(self.dirpath)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the best and the last, where validation does not end with the epoch."""
