@@ -162,8 +162,8 @@ class Recommender:
         """Changes fields of items; fields that a row does not name stay. Text towers encode the new text at once.
 
         An item whose text changes is then known by its new text alone, also where the tower has an id vector for it
-        (``TextIdItemTower``, ``BiasItemTower``): what that said of the old one is lost until the next fit. A change of
-        fields that are not in the text leaves the vector as it is.
+        (``TextIdItemTower``, ``SideIdItemTower``, ``BiasItemTower``): what that said of the old one is lost until the
+        next fit. A change of fields that are not in the text leaves the vector as it is.
 
         Returns:
             The generation of the new catalogue.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_rec.towers.neighbours import NeighbourItemTower, NeighbourUserTower
     from lightning_rec.towers.news import NewsItemTower
     from lightning_rec.towers.news_users import CandidateAttentionUserTower, LSTURUserTower, NRMSUserTower
-    from lightning_rec.towers.side import SideItemTower
+    from lightning_rec.towers.side import SideIdItemTower, SideItemTower
     from lightning_rec.towers.user import PooledUserTower, SequenceUserTower
     from lightning_rec.towers.word_vectors import WordOptions, WordVectorEncoder
 else:
@@ -42,7 +42,7 @@ else:
             "news": ["NewsItemTower"],
             "news_users": ["CandidateAttentionUserTower", "LSTURUserTower", "NRMSUserTower"],
             "score": [],
-            "side": ["SideItemTower"],
+            "side": ["SideIdItemTower", "SideItemTower"],
             "user": ["PooledUserTower", "SequenceUserTower"],
             "word_vectors": ["WordOptions", "WordVectorEncoder"],
         },
@@ -69,6 +69,7 @@ __all__ = [
     "PopularityItemTower",
     "RecencyPopularityItemTower",
     "SequenceUserTower",
+    "SideIdItemTower",
     "SideItemTower",
     "TextEncoder",
     "TextIdItemTower",

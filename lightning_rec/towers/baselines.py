@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_rec.data.batch import CatalogueView, ItemBatch, UserBatch
 from lightning_rec.towers.base import ItemTower, UserTower
-from lightning_rec.towers.item import id_table
+from lightning_rec.towers.fusion import id_table
 
 
 class PopularityItemTower(ItemTower):

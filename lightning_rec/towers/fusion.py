@@ -1,12 +1,25 @@
-"""Pulling the text vector and the id vector of an item together while both are trained."""
+"""Text and a learned vector an item: how both become one, and what pulls them together while they are trained."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_rec.data.batch import CatalogueView, ItemBatch
+
+Fusion = Literal["sum", "concat", "gate"]
+
+
+def id_table(rows: int, dim: int, std: float) -> nn.Embedding:
+    """``rows`` vectors drawn from a normal distribution, row 0 (padding) zero."""
+    table = nn.Embedding(rows, dim, padding_idx=0)
+    with torch.no_grad():
+        table.weight.normal_(std=std)
+        table.weight[0] = 0
+    return table
 
 
 class Alignment(nn.Module):
@@ -73,3 +86,61 @@ class Alignment(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What was kept belongs to a step, and its graph cannot be copied.
         return self.__dict__ | {"_kept": None}
+
+
+class IdFusion(nn.Module):
+    """What a tower of item texts needs to have a learned vector an item beside them: inherit from both.
+
+    An item without training interactions has no id part, since its id vector was never trained.
+    """
+
+    dim: int
+    table: nn.Embedding
+    warm: Tensor
+    mix: nn.Linear
+    alignment: Alignment | None
+
+    def set_fusion(
+        self, fusion: Fusion, init_std: float, dropout: float, alignment: float, alignment_temperature: float
+    ) -> None:
+        """Takes the options, for ``__init__``."""
+        self.alignment = Alignment(alignment, alignment_temperature) if alignment else None
+        self.fusion = fusion
+        self.id_init_std = init_std
+        self.id_dropout = dropout
+
+    def add_ids(self, catalogue: CatalogueView) -> None:
+        """Creates one vector a row, and the fusion, for ``configure``."""
+        self.table = id_table(catalogue.n_rows, self.dim, self.id_init_std)
+        warm = torch.ones(catalogue.n_rows) if catalogue.counts is None else catalogue.counts.cpu() > 0
+        # 1 where an item was trained on, part of the checkpoint: which items are cold is a fact of the training data.
+        self.register_buffer("warm", warm.to(torch.float32)[:, None].clone())
+        if self.fusion != "sum":
+            self.mix = nn.Linear(2 * self.dim, self.dim)
+
+    def with_ids(self, items: ItemBatch, text: Tensor) -> tuple[Tensor, Tensor]:
+        """``(n, d)`` fused vectors of ``(n, d)`` text vectors, and ``(n, 1)`` 1 where an id part is in them, else 0."""
+        ids = self.table.weight if items.whole else self.table(items.rows)
+        keep = self.warm if items.whole else self.warm[items.rows]
+        if self.training and self.alignment is not None:
+            self.alignment.keep(text, ids, (keep[:, 0] > 0) & (items.rows > 0))
+        if self.training and self.id_dropout:
+            keep = keep * (torch.rand_like(keep) >= self.id_dropout)
+        return self._fuse(text, ids * keep), keep
+
+    def without_ids(self, text: Tensor) -> Tensor:
+        """``(n, d)`` vectors of items that have text alone."""
+        return self._fuse(text, torch.zeros_like(text))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The weighted alignment loss of the step's items."""
+        return None if self.alignment is None else self.alignment.take()
+
+    def _fuse(self, text: Tensor, ids: Tensor) -> Tensor:
+        if self.fusion == "sum":
+            return text + ids
+        mixed = self.mix(torch.cat([text, ids], dim=-1))
+        if self.fusion == "concat":
+            return mixed
+        gate = mixed.sigmoid()
+        return gate * text + (1 - gate) * ids

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_rec.data.batch import CatalogueView, ItemBatch
 from lightning_rec.towers.adapter_folder import restore_head
 from lightning_rec.towers.base import ItemTower
-from lightning_rec.towers.fusion import Alignment
+from lightning_rec.towers.fusion import Fusion, IdFusion, id_table
 from lightning_rec.towers.language import BUNDLED, Pooling, Recompute, TextEncoder, Tune
 from lightning_rec.towers.mixture import MixtureOfExperts
 from lightning_rec.towers.quantisation import Quantisation
@@ -42,15 +42,6 @@ class IdItemTower(ItemTower):
     def forward(self, items: ItemBatch) -> Tensor:
         """``(n, d)`` item vectors."""
         return self.table.weight if items.whole else self.table(items.rows)
-
-
-def id_table(rows: int, dim: int, std: float) -> nn.Embedding:
-    """``rows`` vectors drawn from a normal distribution, row 0 (padding) zero."""
-    table = nn.Embedding(rows, dim, padding_idx=0)
-    with torch.no_grad():
-        table.weight.normal_(std=std)
-        table.weight[0] = 0
-    return table
 
 
 class TextItemTower(ItemTower):
@@ -298,7 +289,7 @@ _UNPREPARED = (
 )
 
 
-class TextIdItemTower(TextItemTower):
+class TextIdItemTower(IdFusion, TextItemTower):
     """Text and a learned vector an item together: text carries cold items, the id what text does not say.
 
     An item without training interactions has no id part, since its id vector was never trained.
@@ -317,11 +308,10 @@ class TextIdItemTower(TextItemTower):
     """
 
     uses_ids = True
-    warm: Tensor
 
     def __init__(
         self,
-        fusion: Literal["sum", "concat", "gate"] = "sum",
+        fusion: Fusion = "sum",
         id_init_std: float = 0.02,
         id_dropout: float = 0.0,
         alignment: float = 0.0,
@@ -329,49 +319,19 @@ class TextIdItemTower(TextItemTower):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.alignment = Alignment(alignment, alignment_temperature) if alignment else None
-        self.fusion = fusion
-        self.id_init_std = id_init_std
-        self.id_dropout = id_dropout
+        self.set_fusion(fusion, id_init_std, id_dropout, alignment, alignment_temperature)
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Creates the text part, one vector a row, and the fusion."""
         super().configure(catalogue)
-        self.table = id_table(catalogue.n_rows, self.dim, self.id_init_std)
-        warm = torch.ones(catalogue.n_rows) if catalogue.counts is None else catalogue.counts.cpu() > 0
-        # 1 where an item was trained on, part of the checkpoint: which items are cold is a fact of the training data.
-        self.register_buffer("warm", warm.to(torch.float32)[:, None].clone())
-        if self.fusion != "sum":
-            self.mix = nn.Linear(2 * self.dim, self.dim)
+        self.add_ids(catalogue)
 
     def forward(self, items: ItemBatch) -> Tensor:
         """``(n, d)`` item vectors; of text alone where an item was never trained on."""
         return self._parts(items, self._features(items))[0]
 
     def _parts(self, items: ItemBatch, features: Tensor) -> tuple[Tensor, Tensor]:
-        """``(n, d)`` fused vectors, and ``(n, 1)`` 1 where an item has its id part in them, else 0."""
-        text = self._project(features)
-        ids = self.table.weight if items.whole else self.table(items.rows)
-        keep = self.warm if items.whole else self.warm[items.rows]
-        if self.training and self.alignment is not None:
-            self.alignment.keep(text, ids, (keep[:, 0] > 0) & (items.rows > 0))
-        if self.training and self.id_dropout:
-            keep = keep * (torch.rand_like(keep) >= self.id_dropout)
-        return self._fuse(text, ids * keep), keep
-
-    def auxiliary_loss(self) -> Tensor | None:
-        """The weighted alignment loss of the step's items."""
-        return None if self.alignment is None else self.alignment.take()
-
-    def _fuse(self, text: Tensor, ids: Tensor) -> Tensor:
-        if self.fusion == "sum":
-            return text + ids
-        mixed = self.mix(torch.cat([text, ids], dim=-1))
-        if self.fusion == "concat":
-            return mixed
-        gate = mixed.sigmoid()
-        return gate * text + (1 - gate) * ids
+        return self.with_ids(items, self._project(features))
 
     def _from_text(self, features: Tensor) -> Tensor:
-        text = self._project(features)
-        return self._fuse(text, torch.zeros_like(text))
+        return self.without_ids(self._project(features))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_rec.data.batch import CatalogueView, ItemBatch
 from lightning_rec.towers.base import ItemTower
+from lightning_rec.towers.fusion import Fusion, IdFusion
 from lightning_rec.towers.language import BUNDLED, Pooling, TextEncoder
 from lightning_rec.towers.quantisation import Quantisation
 from lightning_rec.towers.state_cache import CacheDtype, StateCache, as_stored, rows_of
@@ -237,3 +238,52 @@ class SideItemTower(ItemTower):
             return self.side(self._shape(as_stored(states, self.encoder.cache_dtype).float()))
         finally:
             self.train(training)
+
+
+class SideIdItemTower(IdFusion, SideItemTower):
+    """A side network over the item's text and a learned vector an item together.
+
+    On articles and films whose titles say much, what the lower layers know of a text lifts a tower that has id vectors
+    too; see :class:`~lightning_rec.towers.TextIdItemTower` for the one that reads the last layer alone.
+
+    Args:
+        fusion: ``sum`` of both; ``concat``: a linear layer over both side by side; ``gate``: a learned mixture,
+            feature by feature.
+        id_init_std: standard deviation of the id vectors before training.
+        id_dropout: share of the items whose id part is left out in a training step.
+        alignment: weight of a contrastive loss between the text and the id vector of an item. 0: none.
+        alignment_temperature: divides the cosine in that loss.
+        **options: see :class:`SideItemTower`.
+    """
+
+    uses_ids = True
+
+    def __init__(
+        self,
+        fusion: Fusion = "sum",
+        id_init_std: float = 0.02,
+        id_dropout: float = 0.0,
+        alignment: float = 0.0,
+        alignment_temperature: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.set_fusion(fusion, id_init_std, id_dropout, alignment, alignment_temperature)
+
+    def configure(self, catalogue: CatalogueView) -> None:
+        """Finds the language model, and creates the side network, one vector a row, and the fusion."""
+        super().configure(catalogue)
+        self.add_ids(catalogue)
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        """``(n, d)`` item vectors; of text alone where an item was never trained on.
+
+        Raises:
+            RuntimeError: no data set is attached.
+        """
+        return self.with_ids(items, super().forward(items))[0]
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """``(n, d)`` vectors of items that have no row; see :meth:`SideItemTower.encode_texts`."""
+        return self.without_ids(super().encode_texts(texts))

@@ -10,7 +10,7 @@ from lightning_rec.recommend.export import export
 from lightning_rec.recommend.fitted import open_run
 from lightning_rec.towers import LanguageUserTower, parameter_summary
 from lightning_rec.towers.language import TextEncoder
-from lightning_rec.towers.side import SideItemTower, SideNetwork
+from lightning_rec.towers.side import SideIdItemTower, SideItemTower, SideNetwork
 
 SHOP = Path(__file__).parent.parent / "data" / "files" / "shop"
 TEXTS = ["", "red shoe", "the old film of war", "", "red shoe", "new song"]
@@ -128,11 +128,65 @@ def test_a_user_tower_may_share_its_language_model(tiny_bert, tmp_path):
     assert users.encoder is tower.encoder
 
 
-def test_from_the_command_line_to_the_artefact(tiny_bert, tmp_path):
+COUNTS = torch.tensor([0, 3, 1, 0, 2, 5])
+
+
+def build_with_ids(model, cache, **options):
+    torch.manual_seed(0)
+    catalogue = CatalogueView(n_rows=6, texts=TEXTS, counts=COUNTS)
+    options = {"side_width": 4, "cache_dtype": "float32", "cache_dir": str(cache), "init_std": None, **options}
+    tower = SideIdItemTower(language_model=model, dim=8, **options)
+    tower.configure(catalogue)
+    tower.prepare(catalogue)
+    return tower
+
+
+@pytest.mark.parametrize("fusion", ["sum", "concat", "gate"])
+def test_ids_beside_a_side_network(tiny_bert, tmp_path, fusion):
+    tower = build_with_ids(tiny_bert, tmp_path, fusion=fusion, id_init_std=1.0).eval()
+    side, whole = tower.side(tower.states), tower(WHOLE)
+    ids = tower.table.weight * (COUNTS > 0)[:, None]
+    both = torch.cat([side, ids], 1)
+    if fusion == "sum":
+        expected = side + ids
+    else:
+        expected = both @ tower.mix.weight.T + tower.mix.bias
+        if fusion == "gate":
+            expected = expected.sigmoid() * side + (1 - expected.sigmoid()) * ids
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    for row in range(6):
+        torch.testing.assert_close(tower(ItemBatch(torch.tensor([row])))[0], whole[row], atol=1e-5, rtol=1e-5)
+    # an item that was never trained on is what its text alone says
+    torch.testing.assert_close(tower.encode_texts([""])[0], whole[3], atol=1e-5, rtol=1e-5)
+    assert (tower.encode_texts(["red shoe"])[0] - whole[1]).abs().max() > 1e-2
+
+
+def test_id_dropout_and_alignment_beside_a_side_network(tiny_bert, tmp_path):
+    tower = build_with_ids(tiny_bert, tmp_path, id_dropout=0.5, id_init_std=1.0, alignment=0.3).train()
+    side = tower.side(tower.states)
+    dropped = {bool((tower(WHOLE)[1] - side[1]).abs().max() < 1e-5) for _ in range(60)}
+    assert dropped == {True, False}
+    loss = tower.auxiliary_loss()
+    warm = [1, 2, 4, 5]
+    one, other = (torch.nn.functional.normalize(x[warm], dim=1) for x in (side, tower.table.weight))
+    logits = one @ other.T / 0.1
+    expected = sum(torch.nn.functional.cross_entropy(x, torch.arange(4)) for x in (logits, logits.T)) / 2
+    torch.testing.assert_close(loss, 0.3 * expected)
+    assert tower.auxiliary_loss() is None
+
+
+TOWERS = {
+    SideItemTower: "lightning_rec.towers.side.SideItemTower, init_args: {",
+    SideIdItemTower: "lightning_rec.towers.SideIdItemTower, init_args: {fusion: gate, ",
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_from_the_command_line_to_the_artefact(tiny_bert, tmp_path, kind):
     text = (SHOP.parents[2] / "configs" / "text_pooled.yaml").read_text()
     old = "lightning_rec.towers.TextItemTower, init_args: {language_model: TINY_BERT, dim: 16}"
     assert old in text
-    new = "lightning_rec.towers.side.SideItemTower, init_args: {language_model: TINY_BERT, dim: 16, side_width: 4}"
+    new = TOWERS[kind] + "language_model: TINY_BERT, dim: 16, side_width: 4}"
     text = text.replace(old, new).replace("TINY_BERT", tiny_bert).replace("SHOP", str(SHOP))
     (tmp_path / "given.yaml").write_text(text)
     main(["fit", "--config", str(tmp_path / "given.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")])
@@ -140,7 +194,7 @@ def test_from_the_command_line_to_the_artefact(tiny_bert, tmp_path):
     export(checkpoint, tmp_path / "out", progress=False)
     fitted, artefact = open_run(checkpoint), Artefact.read(tmp_path / "out")
     tower = fitted.module.item_tower
-    assert isinstance(tower, SideItemTower)
+    assert type(tower) is kind
     assert tower.side.gates.any(), "the gates were trained and stored"
     with torch.no_grad():
         torch.testing.assert_close(artefact.raw_vectors[1:], fitted.module.encode_catalogue()[1:], atol=1e-5, rtol=0)
