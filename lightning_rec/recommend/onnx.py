@@ -24,7 +24,7 @@ from lightning_rec.recommend.fitted import Fitted
 from lightning_rec.recommend.lazy_towers import build_item_tower
 from lightning_rec.recommend.onnx_check import Checked, Inputs, OnnxError, compare, session
 from lightning_rec.recommend.types import RequestError
-from lightning_rec.towers import LanguageUserTower, TextItemTower, UserTower
+from lightning_rec.towers import LanguageUserTower, SideItemTower, TextItemTower, UserTower
 from lightning_rec.towers.language import pool
 from lightning_rec.towers.score import Score
 from lightning_rec.towers.tokens import tokenise
@@ -38,16 +38,23 @@ _REAL = 16  # texts and users of the run that it is checked on too
 _BYTES_INSIDE = 1_500_000_000  # a file of ONNX ends at 2 GB; larger weights lie beside it
 
 
+TextTower = TextItemTower | SideItemTower
+
+
 class _Items(nn.Module):
     """The text of items to vectors that are ready for the product."""
 
-    def __init__(self, tower: TextItemTower, score: Score) -> None:
+    def __init__(self, tower: TextTower, score: Score) -> None:
         super().__init__()
         self.model = tower.encoder.running_model(torch.device("cpu"))
         self.tower = tower
         self.score = score
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if isinstance(self.tower, SideItemTower):
+            every = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            pooled = [pool(part, attention_mask, self.tower.encoder.pooling) for part in every.hidden_states]
+            return self.score.items(self.tower.from_states(torch.stack(pooled, 1)))
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         vectors = pool(hidden, attention_mask, self.tower.encoder.pooling)
         if self.tower.encoder.normalise:
@@ -105,7 +112,7 @@ def write_onnx(fitted: Fitted, folder: Path, towers: WrittenTowers, raw: Tensor)
     checks: dict[str, Checked] = {}
     users = _Users(_user_tower(module.user_tower), module.score).eval()
     items = None
-    if isinstance(module.item_tower, TextItemTower):
+    if isinstance(module.item_tower, TextTower):
         items = _Items(_item_tower(fitted, folder, towers), module.score).eval()
     (folder / ONNX).mkdir()
     said: dict[str, Any] = {"kind": ONNX, "lazy": True, "opset": _OPSET}
@@ -167,7 +174,7 @@ def _user_tower(tower: UserTower) -> UserTower:
     return tower
 
 
-def _item_tower(fitted: Fitted, folder: Path, towers: WrittenTowers) -> TextItemTower:
+def _item_tower(fitted: Fitted, folder: Path, towers: WrittenTowers) -> TextTower:
     spec, parts = towers.specs["item_tower"], towers.parts
     if any(part.get("weights") == "int8" for part in parts.values()):
         raise ValueError(
@@ -195,7 +202,7 @@ def _history(b: int, t: int, dim: int) -> Inputs:
     return torch.randn(b, t, dim, generator=random), lengths
 
 
-def _texts(tower: TextItemTower, texts: Sequence[str]) -> list[Inputs]:
+def _texts(tower: TextTower, texts: Sequence[str]) -> list[Inputs]:
     """Tokens of texts of the catalogue, and of none: many together, and one alone."""
     chosen = [*texts[1 :: max(1, (len(texts) - 1) // _REAL)][:_REAL], ""]
     table = tower.encoder.tokenise(chosen)

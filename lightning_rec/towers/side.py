@@ -235,9 +235,13 @@ class SideItemTower(ItemTower):
         training = self.training
         self.eval()
         try:
-            return self.side(self._shape(as_stored(states, self.encoder.cache_dtype).float()))
+            return self.from_states(as_stored(states, self.encoder.cache_dtype).float())
         finally:
             self.train(training)
+
+    def from_states(self, states: Tensor) -> Tensor:
+        """``(n, d)`` item vectors of ``(n, states, width)`` states of the encoder, of items that have no row."""
+        return self.side(self._shape(states))
 
 
 class SideIdItemTower(IdFusion, SideItemTower):
@@ -283,7 +287,6 @@ class SideIdItemTower(IdFusion, SideItemTower):
         """
         return self.with_ids(items, super().forward(items))[0]
 
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """``(n, d)`` vectors of items that have no row; see :meth:`SideItemTower.encode_texts`."""
-        return self.without_ids(super().encode_texts(texts))
+    def from_states(self, states: Tensor) -> Tensor:
+        """``(n, d)`` item vectors of ``(n, states, width)`` states of the encoder, of items that have no row."""
+        return self.without_ids(super().from_states(states))

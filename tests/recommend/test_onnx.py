@@ -17,6 +17,7 @@ from lightning_rec.recommend import onnx as onnx_module  # after it is known to 
 from lightning_rec.recommend.onnx import ITEM_TOWER, USER_TOWER, OnnxTowers
 from lightning_rec.recommend.onnx_check import TOLERANCE, OnnxError, compare
 
+SIDE = "cache_dtype: float32, side_width: 4"
 POOLED = "lightning_rec.towers.PooledUserTower, init_args: {pooling: gru}"
 
 
@@ -46,6 +47,7 @@ def check(artefact: Artefact) -> OnnxTowers:
     [
         ("text_pooled", None, {}),
         ("text_pooled", {"language_model: TINY_BERT": "language_model: TINY_GPT2", "gru": "attention"}, {}),
+        ("text_pooled", {"TextItemTower, init_args: {": f"SideIdItemTower, init_args: {{{SIDE}, "}, {}),
         # half a minute each
         pytest.param("lora_batch", None, {"merge": True, "keep_layers": 1}, marks=pytest.mark.slow),
         pytest.param("text_id_gate", None, {}, marks=pytest.mark.slow),
