@@ -51,10 +51,10 @@ class _Items(nn.Module):
         self.score = score
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if isinstance(self.tower, SideItemTower):
+        if self.tower.reads_layers:
             every = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
             pooled = [pool(part, attention_mask, self.tower.encoder.pooling) for part in every.hidden_states]
-            return self.score.items(self.tower.from_states(torch.stack(pooled, 1)))
+            return self.score.items(self.tower.from_features(torch.stack(pooled, 1)))
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         vectors = pool(hidden, attention_mask, self.tower.encoder.pooling)
         if self.tower.encoder.normalise:

@@ -90,7 +90,7 @@ def gradients(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], i
         model = encoder.running_model(ids.device)
 
         def score(tokens: Tensor) -> Tensor:
-            return artefact.ready(tower.from_features(encoder(tokens))) @ wanted
+            return artefact.ready(tower.from_features(encoder(tokens, layers=tower.reads_layers))) @ wanted
 
         attribution = LayerIntegratedGradients(score, model.get_input_embeddings()).attribute(
             ids, baselines=baseline, n_steps=_STEPS, internal_batch_size=8

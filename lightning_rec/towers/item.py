@@ -91,6 +91,8 @@ class TextItemTower(ItemTower):
     """
 
     uses_ids = False
+    #: Whether features are those of every layer of the language model, as of a side network, or of the last alone.
+    reads_layers = False
     vectors: Tensor | None
     feature_mean: Tensor
     feature_scale: Tensor

@@ -106,6 +106,7 @@ class SideItemTower(ItemTower):
     """
 
     uses_ids = False
+    reads_layers = True
     states: Tensor | None
     feature_mean: Tensor
     feature_scale: Tensor
@@ -235,13 +236,13 @@ class SideItemTower(ItemTower):
         training = self.training
         self.eval()
         try:
-            return self.from_states(as_stored(states, self.encoder.cache_dtype).float())
+            return self.from_features(as_stored(states, self.encoder.cache_dtype).float())
         finally:
             self.train(training)
 
-    def from_states(self, states: Tensor) -> Tensor:
+    def from_features(self, features: Tensor) -> Tensor:
         """``(n, d)`` item vectors of ``(n, states, width)`` states of the encoder, of items that have no row."""
-        return self.side(self._shape(states))
+        return self.side(self._shape(features))
 
 
 class SideIdItemTower(IdFusion, SideItemTower):
@@ -287,6 +288,6 @@ class SideIdItemTower(IdFusion, SideItemTower):
         """
         return self.with_ids(items, super().forward(items))[0]
 
-    def from_states(self, states: Tensor) -> Tensor:
+    def from_features(self, features: Tensor) -> Tensor:
         """``(n, d)`` item vectors of ``(n, states, width)`` states of the encoder, of items that have no row."""
-        return self.without_ids(super().from_states(states))
+        return self.without_ids(super().from_features(features))
