@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from lightning_rec.data.batch import CatalogueView, ItemBatch
 
-Fusion = Literal["sum", "concat", "gate"]
-
 
 def id_table(rows: int, dim: int, std: float) -> nn.Embedding:
     """``rows`` vectors drawn from a normal distribution, row 0 (padding) zero."""
@@ -89,25 +87,43 @@ class Alignment(nn.Module):
 
 
 class IdFusion(nn.Module):
-    """What a tower of item texts needs to have a learned vector an item beside them: inherit from both.
+    """What gives a tower of item texts a learned vector an item beside them: inherit from this first, then from it.
 
     An item without training interactions has no id part, since its id vector was never trained.
+
+    Args:
+        fusion: ``sum`` of both; ``concat``: a linear layer over both side by side; ``gate``: a learned mixture,
+            feature by feature.
+        id_init_std: standard deviation of the id vectors before training.
+        id_dropout: share of the items whose id part is left out in a training step, so that text learns to stand
+            alone, as it must for cold items.
+        alignment: weight of a contrastive loss that pulls the text vector and the id vector of an item together, over
+            the step's items that were trained on (InfoNCE, as in CLIP); it is added to the objective by
+            :class:`~lightning_rec.TwoTower`. 0: none.
+        alignment_temperature: divides the cosine in that loss.
+        **options: those of the tower of item texts.
     """
 
+    uses_ids = True
     dim: int
     table: nn.Embedding
     warm: Tensor
     mix: nn.Linear
-    alignment: Alignment | None
 
-    def set_fusion(
-        self, fusion: Fusion, init_std: float, dropout: float, alignment: float, alignment_temperature: float
+    def __init__(
+        self,
+        fusion: Literal["sum", "concat", "gate"] = "sum",
+        id_init_std: float = 0.02,
+        id_dropout: float = 0.0,
+        alignment: float = 0.0,
+        alignment_temperature: float = 0.1,
+        **options: Any,
     ) -> None:
-        """Takes the options, for ``__init__``."""
+        super().__init__(**options)
         self.alignment = Alignment(alignment, alignment_temperature) if alignment else None
         self.fusion = fusion
-        self.id_init_std = init_std
-        self.id_dropout = dropout
+        self.id_init_std = id_init_std
+        self.id_dropout = id_dropout
 
     def add_ids(self, catalogue: CatalogueView) -> None:
         """Creates one vector a row, and the fusion, for ``configure``."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_rec.data.batch import CatalogueView, ItemBatch
 from lightning_rec.towers.adapter_folder import restore_head
 from lightning_rec.towers.base import ItemTower
-from lightning_rec.towers.fusion import Fusion, IdFusion, id_table
+from lightning_rec.towers.fusion import IdFusion, id_table
 from lightning_rec.towers.language import BUNDLED, Pooling, Recompute, TextEncoder, Tune
 from lightning_rec.towers.mixture import MixtureOfExperts
 from lightning_rec.towers.quantisation import Quantisation
@@ -297,31 +297,8 @@ class TextIdItemTower(IdFusion, TextItemTower):
     An item without training interactions has no id part, since its id vector was never trained.
 
     Args:
-        fusion: ``sum`` of both; ``concat``: a linear layer over both side by side; ``gate``: a learned mixture,
-            feature by feature.
-        id_init_std: standard deviation of the id vectors before training.
-        id_dropout: share of the items whose id part is left out in a training step, so that text learns to stand
-            alone, as it must for cold items.
-        alignment: weight of a contrastive loss that pulls the text vector and the id vector of an item together, over
-            the step's items that were trained on (InfoNCE, as in CLIP); it is added to the objective by
-            :class:`~lightning_rec.TwoTower`. 0: none.
-        alignment_temperature: divides the cosine in that loss.
-        **options: see :class:`TextItemTower`.
+        **options: see :class:`~lightning_rec.towers.fusion.IdFusion` and :class:`TextItemTower`.
     """
-
-    uses_ids = True
-
-    def __init__(
-        self,
-        fusion: Fusion = "sum",
-        id_init_std: float = 0.02,
-        id_dropout: float = 0.0,
-        alignment: float = 0.0,
-        alignment_temperature: float = 0.1,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.set_fusion(fusion, id_init_std, id_dropout, alignment, alignment_temperature)
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Creates the text part, one vector a row, and the fusion."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_rec.data.batch import CatalogueView, ItemBatch
 from lightning_rec.towers.base import ItemTower
-from lightning_rec.towers.fusion import Fusion, IdFusion
+from lightning_rec.towers.fusion import IdFusion
 from lightning_rec.towers.language import BUNDLED, Pooling, TextEncoder
 from lightning_rec.towers.quantisation import Quantisation
 from lightning_rec.towers.state_cache import CacheDtype, StateCache, as_stored, rows_of
@@ -253,28 +253,8 @@ class SideIdItemTower(IdFusion, SideItemTower):
     :class:`~lightning_rec.towers.TextIdItemTower` reads the last layer alone.
 
     Args:
-        fusion: ``sum`` of both; ``concat``: a linear layer over both side by side; ``gate``: a learned mixture,
-            feature by feature.
-        id_init_std: standard deviation of the id vectors before training.
-        id_dropout: share of the items whose id part is left out in a training step.
-        alignment: weight of a contrastive loss between the text and the id vector of an item. 0: none.
-        alignment_temperature: divides the cosine in that loss.
-        **options: see :class:`SideItemTower`.
+        **options: see :class:`~lightning_rec.towers.fusion.IdFusion` and :class:`SideItemTower`.
     """
-
-    uses_ids = True
-
-    def __init__(
-        self,
-        fusion: Fusion = "sum",
-        id_init_std: float = 0.02,
-        id_dropout: float = 0.0,
-        alignment: float = 0.0,
-        alignment_temperature: float = 0.1,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.set_fusion(fusion, id_init_std, id_dropout, alignment, alignment_temperature)
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Finds the language model, and creates the side network, one vector a row, and the fusion."""
