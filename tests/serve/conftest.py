@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,11 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serve(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Makes the service: ``serve(folder=..., keys=[...], max_k=5)``; it is closed after the test."""
+    """Makes the service: ``serve(folder=..., keys=[...], max_k=5)``; it is closed after the test.
+
+    It has measured its scores when the test gets it: that thread asks the recommender too, and a test that counts calls
+    would count them now and then.
+    """
     pytest.importorskip("fastapi", reason="the extra serve is not installed")
     from lightning_rec.serve.app import create_app
     from lightning_rec.serve.settings import Settings
@@ -54,6 +59,9 @@ def serve(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
         monkeypatch.setenv("LIGHTNING_REC_KEYS", keys)
         settings = {"store": "memory:", "warm_up": False} | settings
         opened.append(create_app(made if source is None else source, Settings(**settings)))
+        for thread in threading.enumerate():
+            if thread.name == "warm-up":
+                thread.join(10)
         return opened[-1]
 
     yield make

@@ -177,7 +177,7 @@ def test_closing_answers_what_waits():
 
 
 def test_concurrent_calls_of_the_service_are_joined(serve, within, monkeypatch):
-    app = serve()
+    app = serve(batch_wait_ms=20)
     recommender = app.service.served.recommender
     real, sizes = recommender.recommend, []
     monkeypatch.setattr(recommender, "recommend", lambda requests: sizes.append(len(requests)) or real(requests))

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import sqlite3
-import threading
 
 import pytest
 
@@ -144,9 +143,6 @@ def test_an_answer_has_the_name_of_its_own_artefact(serve, within, folder):
     app = serve(folder)
     holder = app.service.holder
     first = holder.served
-    for thread in threading.enumerate():  # the warm-up looks too, at its end
-        if thread.name == "warm-up":
-            thread.join()
 
     class Turning:
         looks = 0

@@ -252,7 +252,8 @@ def test_a_call_under_way_is_answered_before_the_service_ends(serve):
 
     asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(0.15)
+    while not server.server_state.tasks:
+        time.sleep(0.01)
     server.should_exit = True  # what SIGTERM sets
     asking.join(10)
     thread.join(10)
