@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from lightning_rec.towers.language import BUNDLED, Pooling, TextEncoder
 from lightning_rec.towers.quantisation import Quantisation
 from lightning_rec.towers.state_cache import CacheDtype, StateCache, as_stored, rows_of
 from lightning_rec.towers.text_cache import hash_texts
+from lightning_rec.towers.whitening import Whitening
 
 _CHUNK = 4096
 
@@ -77,6 +79,12 @@ class SideNetwork(nn.Module):
         return out
 
 
+def _parts_of(rows: np.ndarray[Any, Any], layer: int) -> Iterator[Tensor]:
+    """The states of one layer, a few thousand items at a time."""
+    for start in range(0, len(rows), _CHUNK):
+        yield torch.from_numpy(rows[start : start + _CHUNK, layer].astype(np.float32))
+
+
 class SideItemTower(ItemTower):
     """The text of an item through a frozen language model and a trained side network: cold items have vectors too.
 
@@ -92,7 +100,8 @@ class SideItemTower(ItemTower):
             sentence-transformers folder state; its normalisation is left out.
         max_tokens: texts are cut to so many tokens.
         features: what the states become before the side network: ``standardise`` (every feature of every layer with
-            mean 0 and deviation 1 over the catalogue) or ``raw``.
+            mean 0 and deviation 1 over the catalogue), ``whiten`` (uncorrelated within the layer too: see
+            :class:`~lightning_rec.towers.whitening.Whitening`) or ``raw``.
         dropout: share of features dropped in training.
         skip: add a linear map of the last layer, which is what a frozen :class:`TextItemTower` has.
         init_std: standard deviation of the item vectors before training, about: see :class:`TextItemTower`.
@@ -103,6 +112,8 @@ class SideItemTower(ItemTower):
         cache_dtype: precision of the states on disk, ``float16`` or ``float32``.
         dtype: precision of the language model.
         quantisation: weights of the language model in 8 or 4 bits, on a CUDA device: ``8bit``, ``4bit`` or ``none``.
+        whiten_eps: what ``features: whiten`` adds to the variance of each direction, as a share of the layer's mean
+            variance, so that those which are mostly noise are not blown up; 0: exact whitening.
     """
 
     uses_ids = False
@@ -119,7 +130,7 @@ class SideItemTower(ItemTower):
         side_width: int = 64,
         pooling: Pooling | None = "mean",
         max_tokens: int = 128,
-        features: Literal["standardise", "raw"] = "standardise",
+        features: Literal["standardise", "whiten", "raw"] = "standardise",
         dropout: float = 0.0,
         skip: bool = True,
         init_std: float | None = 0.02,
@@ -129,6 +140,7 @@ class SideItemTower(ItemTower):
         cache_dtype: CacheDtype = "float16",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantisation: Quantisation = "none",
+        whiten_eps: float = 0.0,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -144,6 +156,7 @@ class SideItemTower(ItemTower):
         }
         self.side_width = side_width
         self.features = features
+        self.whiten_eps = whiten_eps
         self.dropout = dropout
         self.skip = skip
         self.init_std = init_std
@@ -158,8 +171,12 @@ class SideItemTower(ItemTower):
         # Made of text and model, cached on disk: no part of a checkpoint.
         self.register_buffer("states", None, persistent=False)
         # Part of a checkpoint, so that a new item is seen as training saw the old ones.
-        self.register_buffer("feature_mean", torch.zeros(shape))
-        self.register_buffer("feature_scale", torch.ones(shape))
+        if self.features == "whiten":
+            layers = range(self.encoder.n_states)
+            self.whitening = nn.ModuleList(Whitening(self.encoder.width, eps=self.whiten_eps) for _ in layers)
+        else:
+            self.register_buffer("feature_mean", torch.zeros(shape))
+            self.register_buffer("feature_scale", torch.ones(shape))
         self.register_buffer("measured", torch.zeros((), dtype=torch.bool))
 
     @torch.inference_mode(False)
@@ -171,7 +188,7 @@ class SideItemTower(ItemTower):
             return
         if len(texts) != catalogue.n_rows:
             raise ValueError(f"The catalogue has {catalogue.n_rows} rows but {len(texts)} texts.")
-        device = self.feature_mean.device
+        device = self.measured.device
         dtype = self.encoder.cache_dtype
 
         def fill(array: np.ndarray[Any, Any]) -> None:
@@ -182,7 +199,7 @@ class SideItemTower(ItemTower):
         shape = (len(texts), self.encoder.n_states, self.encoder.width)
         key = self.encoder.cache_key("layers", dtype, hash_texts(texts))
         self._mapped = StateCache(self.encoder.cache_dir).get(key, shape, dtype, fill)
-        if not self.measured and self.features == "standardise":
+        if not self.measured and self.features != "raw":
             self._measure(self._mapped)
         self.states = None
         if self._mapped.size * 4 <= self.memory << 20:
@@ -191,6 +208,14 @@ class SideItemTower(ItemTower):
 
     def _measure(self, array: np.ndarray[Any, Any]) -> None:
         rows = array[1:] if len(array) > 1 else array  # row 0 is padding
+        if self.features == "whiten":
+            for layer, whitening in enumerate(self._whitenings):
+                whitening.measure_parts(partial(_parts_of, rows, layer))
+        else:
+            self._standardise(rows)
+        self.measured.fill_(True)
+
+    def _standardise(self, rows: np.ndarray[Any, Any]) -> None:
         total = np.zeros(rows.shape[1:])
         squares = np.zeros(rows.shape[1:])
         starts = range(0, len(rows), _CHUNK)
@@ -202,10 +227,16 @@ class SideItemTower(ItemTower):
         deviation = np.sqrt(squares / len(rows)).clip(1e-6)
         self.feature_mean.copy_(torch.from_numpy(mean))
         self.feature_scale.copy_(torch.from_numpy(1 / deviation))
-        self.measured.fill_(True)
 
     def _shape(self, states: Tensor) -> Tensor:
+        if self.features == "whiten":
+            layers = [whitening(states[:, layer]) for layer, whitening in enumerate(self._whitenings)]
+            return torch.stack(layers, dim=1)
         return states if self.features == "raw" else (states - self.feature_mean) * self.feature_scale
+
+    @property
+    def _whitenings(self) -> list[Whitening]:
+        return cast("list[Whitening]", list(self.whitening))
 
     def forward(self, items: ItemBatch) -> Tensor:
         """``(n, d)`` item vectors.
@@ -232,7 +263,7 @@ class SideItemTower(ItemTower):
         Returns:
             ``(n, d)`` item vectors, as the same texts in the catalogue have.
         """
-        states = self.encoder.encode(texts, self.feature_mean.device, layers=True)
+        states = self.encoder.encode(texts, self.measured.device, layers=True)
         training = self.training
         self.eval()
         try:

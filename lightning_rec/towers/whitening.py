@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,16 +56,34 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def measure(self, vectors: Tensor) -> None:
         """Takes the statistics of ``(n, width)`` vectors, in float64."""
-        exact = vectors.detach().to(self.mean.device, torch.float64)
-        mean = exact.mean(0)
-        centred = exact - mean
-        variance, directions = torch.linalg.eigh(centred.t() @ centred / len(centred))
+        self.measure_parts(lambda: [vectors])
+
+    @torch.no_grad()
+    def measure_parts(self, parts: Callable[[], Iterable[Tensor]]) -> None:
+        """The same of vectors that come in parts, such as those that do not fit into memory together.
+
+        Args:
+            parts: gives the parts, ``(n, width)`` each, from the first to the last. It is called twice: the mean must
+                be known before what lies around it is summed, or large sums would lose what is small.
+        """
+
+        def exact() -> Iterator[Tensor]:
+            return (part.detach().to(self.mean.device, torch.float64) for part in parts())
+
+        count, total, squares = 0, torch.zeros_like(self.mean), 0.0
+        for part in exact():
+            count, total, squares = count + len(part), total + part.sum(0), squares + float(part.square().sum())
+        mean = total / count
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+        for part in exact():
+            centred = part - mean
+            covariance += centred.t() @ centred
+        variance, directions = torch.linalg.eigh(covariance / count)
         variance, directions = variance.flip(0), directions.flip(1)  # the most variance first
         # The sign of a direction is arbitrary; this one is the same on every machine.
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         directions = directions * torch.where(largest < 0, -1.0, 1.0)
-        least = torch.maximum(_NOTHING * variance[0], _ROUNDING * exact.square().mean())
-        real = variance > least
+        real = (variance > _NOTHING * variance[0]) & (variance > _ROUNDING * squares / (count * len(mean)))
         ridge = self.eps * variance.clamp_min(0).mean()
         scale = torch.where(real, (variance.clamp_min(0) + ridge).clamp_min(1e-300).rsqrt(), 0.0)
         self.mean.copy_(mean)

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,10 +28,12 @@ def build(model, cache, **options):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("features", ["standardise", "raw"])
+@pytest.mark.parametrize("features", ["standardise", "whiten", "raw"])
 @pytest.mark.parametrize("memory", [0, 10])
 def test_cached_recomputed_batch_and_single_agree(tiny_model, tmp_path, dtype, features, memory):
     options = {"cache_dtype": dtype, "features": features, "memory": memory}
+    if features == "whiten":
+        options["whiten_eps"] = 0.1  # five texts in 16 directions: what hardly varies among them is rounding
     tower = build(tiny_model, tmp_path, **options)
     assert (tower.states is None) == (memory == 0)
     whole = tower(WHOLE)
@@ -61,6 +64,34 @@ def test_features_of_every_layer_are_standardised(tiny_bert, tmp_path):
     layers = TextEncoder(tiny_bert).encode(TEXTS, layers=True)
     expected = (layers - layers[1:].mean(0)) / layers[1:].std(0, unbiased=False).clamp_min(1e-6)
     torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_every_layer_are_whitened(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_rec.towers.side._CHUNK", 2)  # the statistics of parts are those of the whole
+    tower = build(tiny_bert, tmp_path, cache_dtype="float32", features="whiten", whiten_eps=0.01)
+    layers = TextEncoder(tiny_bert).encode(TEXTS, layers=True).numpy().astype(np.float64)
+    for layer in range(layers.shape[1]):
+        centred = layers[:, layer] - layers[1:, layer].mean(0)
+        covariance = np.cov(layers[1:, layer], rowvar=False, bias=True)
+        white = tower.states[:, layer].numpy().astype(np.float64)
+        # the scalar product of two white vectors is the Mahalanobis product of what they were made of
+        ridge = 0.01 * np.trace(covariance) / len(covariance)
+        seen = np.linalg.eigh(covariance)[1][:, -4:]  # five texts vary in four directions at most
+        shrunk = seen @ np.linalg.inv(seen.T @ covariance @ seen + ridge * np.eye(4)) @ seen.T
+        np.testing.assert_allclose(white @ white.T, centred @ shrunk @ centred.T, atol=2e-2)
+        assert np.abs(white[1:].mean(0)).max() < 1e-4
+
+
+def test_whitened_statistics_are_part_of_a_checkpoint(tiny_bert, tmp_path):
+    tower = build(tiny_bert, tmp_path, features="whiten", whiten_eps=0.1)
+    state = tower.state_dict()
+    assert {name.split(".")[0] for name in state} == {"side", "whitening", "measured"}
+    other = SideItemTower(tiny_bert, dim=8, side_width=4, cache_dir=str(tmp_path), features="whiten", whiten_eps=0.1)
+    other.configure(CatalogueView(n_rows=6))
+    other.load_state_dict(state, strict=True)
+    other.eval().prepare(CatalogueView(n_rows=3, texts=["", "red shoe", "blue"]))
+    expected = tower(ItemBatch(torch.tensor([1])))
+    torch.testing.assert_close(other(ItemBatch(torch.tensor([1]))), expected, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("skip", [True, False])
