@@ -17,7 +17,7 @@ from lightning_rec.recommend import onnx as onnx_module  # after it is known to 
 from lightning_rec.recommend.onnx import ITEM_TOWER, USER_TOWER, OnnxTowers
 from lightning_rec.recommend.onnx_check import TOLERANCE, OnnxError, compare
 
-SIDE = "cache_dtype: float32, side_width: 4"
+SIDE = "cache_dtype: float32, side_width: 4, features: whiten, whiten_eps: 0.1"
 POOLED = "lightning_rec.towers.PooledUserTower, init_args: {pooling: gru}"
 
 
