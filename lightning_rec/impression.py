@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningDataModule
@@ -15,6 +15,7 @@ from lightning_rec import checkpoint as saved
 from lightning_rec.data import RecDataModule
 from lightning_rec.data.batch import Batch, CatalogueView
 from lightning_rec.gather import across_ranks, known_columns
+from lightning_rec.in_batch import at_clicks, unborn_at
 from lightning_rec.metrics import (
     ClickMetrics,
     ImpressionMetric,
@@ -51,8 +52,8 @@ class ImpressionTwoTower(TowerModule):
         metrics: metrics of validation and test. None: AUC, MRR and NDCG by impression; log loss, calibration error and
             normalised entropy of clicks; categories and popularity at the top of the list.
         in_batch_negatives: let the items that others clicked in the same step be negatives too, except for a user to
-            whom they were shown as candidates or who is known to have read or clicked them. Each device uses the
-            clicks of its own step only.
+            whom they were shown as candidates, who is known to have read or clicked them, or who asked before they
+            were published (or first shown, where that is unknown). Each device uses the clicks of its own step only.
         age: what the age of a candidate at the request adds to its score; None: nothing.
         popularity: what the clicks of a candidate before the request add to its score; None: nothing.
         calibrate: fit a calibration of click probabilities on the scores of each validation of a fit, which ``test``
@@ -190,14 +191,17 @@ class ImpressionTwoTower(TowerModule):
         others = shown.candidates[shown.labels == 1].unique() if self.in_batch_negatives else None
         scores, extra = self._training_scores(batch, others)
         if extra is not None and others is not None:
-            ages = _at_clicks(batch, others, shown.ages, "amin")
-            extra = extra + self._context(ages, _at_clicks(batch, others, shown.popularity, "amax"), extra)
+            ages = at_clicks(batch, others, shown.ages, "amin")
+            extra = extra + self._context(ages, at_clicks(batch, others, shown.popularity, "amax"), extra)
             if batch.log_q is not None:
                 # Centred: the rare ones among them count for more, but all of them together are no whole catalogue
                 # that would drown the impression's own non-clicks.
                 log_q = batch.log_q[others - 1]
                 extra = extra - (log_q - log_q.mean())
-            extra = extra.masked_fill(self._own(batch)[:, others], -torch.inf)
+            out = self._own(batch)[:, others]
+            if (unborn := unborn_at(batch, others)) is not None:
+                out = out | unborn
+            extra = extra.masked_fill(out, -torch.inf)
         loss = self.objective(
             scores,
             shown.labels,
@@ -370,20 +374,6 @@ def dots(left: Tensor, right: Tensor) -> Tensor:
     """``(b, c)`` dot products of ``(b, c or 1, d)`` and ``(b, c, d)``, in float32 whatever the precision of the run."""
     left, right = full_precision(left, right)
     return (left * right).sum(-1)
-
-
-def _at_clicks(batch: Batch, places: Tensor, quantity: Tensor | None, reduce: Literal["amin", "amax"]) -> Tensor | None:
-    """``(e,)`` a quantity of items of the table when they were clicked, reduced where that happened more than once."""
-    shown = batch.impressions
-    assert shown is not None
-    assert batch.items is not None
-    if quantity is None:
-        return None
-    at = (shown.labels == 1) & ~quantity.isnan()
-    start = torch.inf if reduce == "amin" else -torch.inf
-    found = torch.full((len(batch.items),), start, dtype=quantity.dtype, device=quantity.device)
-    found = found.scatter_reduce(0, shown.candidates[at], quantity[at], reduce)[places]
-    return torch.where(found.isinf(), torch.nan, found)
 
 
 def default_impression_metrics() -> list[ImpressionMetric]:

@@ -113,9 +113,10 @@ class TwoTower(TowerModule):
         if augmentation is not None and augmentation.texts != "users" and not self.item_tower.reads_variants:
             raise ValueError(
                 f"data.text_augmentation makes variants of the items' texts, but {type(self.item_tower).__name__} does "
-                "not read them in training: it has no language model, or a frozen one, whose vectors are made once and "
-                "cached. Tune the language model (item_tower.peft, or item_tower.tune: full), set "
-                "text_augmentation.texts to users, or leave text_augmentation out."
+                "not read them in training: variants are for lightning_rec.towers.TextItemTower and TextIdItemTower "
+                "with a tuned language model (item_tower.peft, or item_tower.tune: full); the vectors of a frozen one "
+                "are made once and cached. Choose such a tower, set text_augmentation.texts to users, or leave "
+                "text_augmentation out."
             )
         if isinstance(datamodule, ImpressionDataModule):
             raise ValueError(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from lightning import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -51,6 +53,16 @@ def parameter_groups(
             group["weight_decay"] = weight_decay if decayed else 0.0
         result.append(group)
     return result
+
+
+def fused(module: LightningModule) -> bool:
+    """Whether AdamW steps in one kernel: on a CPU it takes half the time of the default.
+
+    Lightning lets no fused optimizer clip gradients in mixed precision, so there it is the default one.
+    """
+    trainer = module._trainer
+    mixed = trainer is not None and isinstance(trainer.precision_plugin, MixedPrecision)
+    return module.device.type == "cpu" and not (mixed and trainer is not None and trainer.gradient_clip_val)
 
 
 def warm_up(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callable[[int], float]:

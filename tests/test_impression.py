@@ -107,19 +107,29 @@ def score_by_hand(module, vectors, history, candidate, age=NAN):
 # ---------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("in_batch", [False, True], ids=["own candidates", "in-batch negatives"])
+@pytest.mark.parametrize(
+    ("in_batch", "timed"),
+    [(False, True), (True, False), (True, True)],
+    ids=["own candidates", "in-batch negatives", "those that were there already"],
+)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_loss_against_a_loop(tower, in_batch):
+def test_the_loss_against_a_loop(tower, in_batch, timed):
     module = built(TOWERS[tower](), in_batch_negatives=in_batch, age=AgeBias(4))
     batch = impressions(3, 12, in_table=True)
     shown, users, rows = batch.impressions, batch.users, batch.items.rows
+    times = 1_573_000_000 + 36_000 * torch.arange(12)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
+    if timed:
+        shown.times = times
     vectors = module.item_tower(batch.items)
-    clicked = {}  # place: the least age at which it was clicked
+    clicked, born = {}, {}  # place: the least age at which it was clicked, and the earliest publication
     for i in range(len(users)):
-        for place, label, age in zip(shown.candidates[i], shown.labels[i], shown.ages[i], strict=True):
+        for place, label, age in zip(
+            shown.candidates[i].tolist(), shown.labels[i], shown.ages[i].tolist(), strict=True
+        ):
             if label == 1:
-                clicked[int(place)] = min(float(age), clicked.get(int(place), math.inf))
-    losses, excluded = [], 0
+                clicked[place] = min(age, clicked.get(place, math.inf))
+                born[place] = min(int(times[i]) - 3600 * age, born.get(place, math.inf))
+    losses, excluded, unborn = [], 0, 0
     for i in range(len(users)):
         history = users.history[i, : users.lengths[i]].tolist()
         own = [(int(shown.candidates[i, j]), float(shown.labels[i, j])) for j in range(int(shown.sizes[i]))]
@@ -134,6 +144,9 @@ def test_the_loss_against_a_loop(tower, in_batch):
                 if place in mine or int(rows[place]) in known:
                     excluded += 1
                     continue
+                if timed and born[place] > int(times[i]) + 60:
+                    unborn += 1
+                    continue
                 correction = batch.log_q[place - 1] - batch.log_q[[other - 1 for other in clicked]].mean()
                 negatives.append(score_by_hand(module, vectors, history, place, age) - correction)
         for score, (_, label) in zip(scores, own, strict=True):
@@ -141,6 +154,7 @@ def test_the_loss_against_a_loop(tower, in_batch):
                 losses.append(torch.stack([score, *negatives]).logsumexp(0) - score)
     assert len(losses) > 10
     assert excluded > 0 or not in_batch
+    assert (unborn > 0) == (in_batch and timed)
     assert module.loss(batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Trainer, seed_everything
 
-from lightning_rec import EcommerceDataModule, TwoTower
+from lightning_rec import EcommerceDataModule, ImpressionTwoTower, NewsImpressionDataModule, TwoTower
 from lightning_rec.data.readers import Files
 from lightning_rec.objectives import Softmax
-from lightning_rec.towers import IdItemTower, SequenceUserTower, TextIdItemTower, TextItemTower
+from lightning_rec.towers import (
+    IdItemTower,
+    NewsItemTower,
+    NRMSUserTower,
+    SequenceUserTower,
+    TextIdItemTower,
+    TextItemTower,
+)
+from lightning_rec.towers.age import AgeBias
 from lightning_rec.towers.score import Cosine
+from lightning_rec.towers.word_vectors import WordOptions
 
-SHOP = Path(__file__).parent / "data" / "files" / "shop"
+FILES = Path(__file__).parent / "data" / "files"
+SHOP, MIND = FILES / "shop", FILES / "mind"
 
 
 def data(folder: Path | None = None) -> EcommerceDataModule:
@@ -136,3 +147,40 @@ def test_a_checkpoint_of_the_run_itself_brings_all_weights(source, tiny_bert, tm
     again = two_towers(tiny_bert, start_from=str(copy))
     trainer(tmp_path).test(again, data(tmp_path), ckpt_path=own, verbose=False)
     assert differing(module, again) == set()
+
+
+def test_a_newsroom_starts_from_another_by_the_names_that_both_have(tmp_path):
+    def newsroom(dim: int = 8, **options: object) -> ImpressionTwoTower:
+        seed_everything(len(options), verbose=False)
+        tower = NewsItemTower(words=WordOptions(dim=6, encoder="mean"), dim=dim)
+        return ImpressionTwoTower(tower, NRMSUserTower(heads=2), age=AgeBias(4), lr=0.05, **options)
+
+    def log(folder: Path) -> NewsImpressionDataModule:
+        return NewsImpressionDataModule(path=str(folder), batch_size=8)
+
+    module, run = newsroom(), trainer(tmp_path)
+    run.fit(module, log(MIND))
+    path = str(tmp_path / "news.ckpt")
+    run.save_checkpoint(path)
+    other = tmp_path / "other"
+    shutil.copytree(MIND, other)
+    for file in other.rglob("news.tsv"):
+        file.write_text(file.read_text().replace("\tsports\t", "\tcycling and rowing\t"))
+    begun = newsroom(start_from=path)
+    trainer(tmp_path).validate(begun, log(other), verbose=False)
+    for old, new in zip(module.item_tower.name_views, begun.item_tower.name_views, strict=True):
+        shared = set(old.table.rows) & set(new.table.rows)
+        assert shared
+        for name in shared:
+            assert torch.equal(new.table.vectors[new.table.rows[name]], old.table.vectors[old.table.rows[name]])
+    categories = begun.item_tower.name_views[0].table
+    assert "cycling and rowing" in categories.rows
+    assert "sports" not in categories.rows
+    assert not categories.vectors[categories.rows["cycling and rowing"]].any(), "what is new says nothing yet"
+    assert categories.vectors[1:].any()
+    assert not differing(module, begun) - {
+        name for name in begun.state_dict() if name.endswith((".letters", ".vectors"))
+    }
+    assert all(torch.equal(a, b) for a, b in zip(module.age.parameters(), begun.age.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match=r"in .*news.ckpt"):
+        trainer(tmp_path).validate(newsroom(16, start_from=path), log(other), verbose=False)

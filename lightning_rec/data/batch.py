@@ -110,6 +110,7 @@ class ImpressionBatch(_Movable):
             that has passed since. None when the data has no times.
         dwell: ``(b, c)`` float32: seconds spent on the candidate; NaN where there are none. None when the data has
             none.
+        times: ``(b,)`` int64 seconds since 1970 of the requests. None when the data has no times.
     """
 
     candidates: Tensor
@@ -121,6 +122,7 @@ class ImpressionBatch(_Movable):
     ages: Tensor | None = None
     popularity: Tensor | None = None
     dwell: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:

@@ -90,6 +90,7 @@ class _ImpressionDataset(Dataset[Batch]):
         )
         if log.times is not None:
             times = np.broadcast_to(log.times[numbers][:, None], rows.shape)
+            shown.times = torch.from_numpy(log.times[numbers])
             if self.known.ages is not None:
                 ages = np.where(mask, self.known.ages(rows, times), np.float32(np.nan))
                 shown.ages = torch.from_numpy(ages)

@@ -237,6 +237,13 @@ class ImpressionDataModule(LightningDataModule):
         ]
         if found:
             sentences.append(f"{found[0][0].upper()}{found[0][1:]}{''.join('; ' + text for text in found[1:])}")
+        if self.impressions.times is not None:
+            sentences.append(
+                "The popularity of a candidate counts the clicks before its request, those of the measured part among "
+                "them"
+                if self.popularity_from == "past"
+                else "The popularity of a candidate counts clicks of the training part only"
+            )
         return ". ".join(sentences) + "."
 
     @cached_property
@@ -325,9 +332,18 @@ class ImpressionDataModule(LightningDataModule):
 
         Sets ``asked_impressions`` and ``asked_users``: the raw ids of each impression and its user, in the order of the
         files.
+
+        Raises:
+            ValueError: there are neither.
         """
         part: Part = "predict" if len(self.numbers("predict")) else "test"
         numbers = self.numbers(part)
+        if not len(numbers):
+            there = ", ".join(f"{len(self.numbers(name)):,} of {name}" for name in PARTS if len(self.numbers(name)))
+            raise ValueError(
+                f"There are no impressions to predict: the log has {there or 'none at all'}. Name a folder or file as "
+                "the test part of the reader (such as data.reader.test), or set data.split: time."
+            )
         self.asked_impressions = [self.impressions.ids[number] for number in numbers.tolist()]
         self.asked_users = [self.user_ids[user] for user in self.impressions.users[numbers].tolist()]
         return ImpressionEvaluationDataset(self.impressions, numbers, self.known(part), labelled=False)

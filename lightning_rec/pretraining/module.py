@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_rec import checkpoint as saved
 from lightning_rec.callbacks.results import run_folder
-from lightning_rec.optim import Schedule, keep_settings, parameter_groups, scheduler, settings
+from lightning_rec.optim import Schedule, fused, keep_settings, parameter_groups, scheduler, settings
 from lightning_rec.pretraining.data import PretrainingData
 from lightning_rec.pretraining.output import best_checkpoint, check_folder, weights_of, write_language_model
 from lightning_rec.towers import adalora, parameter_summary
@@ -189,7 +189,7 @@ class PretrainingModule(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """AdamW with warm-up and schedule."""
         groups = parameter_groups(self, self.language_parameters(), self.head_lr, self.lr, self.weight_decay)
-        optimizer = AdamW(groups, lr=self.lr, fused=self.device.type == "cpu")
+        optimizer = AdamW(groups, lr=self.lr, fused=fused(self))
         self._settings = settings(optimizer)
         total = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
         schedule = scheduler(optimizer, self.schedule, self.warmup_steps, total)

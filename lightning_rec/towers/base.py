@@ -73,14 +73,16 @@ class Tower(nn.Module, ABC):
 def parameter_summary(module: nn.Module) -> dict[str, int]:
     """How many parameters a module has, each counted once however often it is shared.
 
-    A frozen language model whose vectors are cached is no part of its tower and is not counted.
+    A frozen language model counts too, though its vectors are cached and its weights are not loaded.
 
     Returns:
         ``{"trainable": ..., "total": ...}``.
     """
     parameters = list(module.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"trainable": trainable, "total": sum(parameter.numel() for parameter in parameters)}
+    # a TextEncoder says how large the model is that it keeps out of its parameters
+    frozen = sum(getattr(part, "frozen_parameters", 0) for part in module.modules())
+    return {"trainable": trainable, "total": sum(parameter.numel() for parameter in parameters) + frozen}
 
 
 class ItemTower(Tower):

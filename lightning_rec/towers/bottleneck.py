@@ -116,9 +116,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Adds an adapter."""
-        weight: Any = self.get_base_layer().weight
-        # Conv1D of GPT-2 keeps its weight as (in, out)
-        features = int(weight.shape[0] if isinstance(self.get_base_layer(), nn.Linear) else weight.shape[1])
+        layer: Any = self.get_base_layer()
+        weight = layer.weight
+        # Conv1D of GPT-2 keeps its weight as (in, out); one in 4 bits is packed, so its shape says nothing
+        features = int(layer.out_features if isinstance(layer, nn.Linear) else weight.shape[1])
         width = config.width or max(1, features // config.reduction_factor)
         down, up = nn.Linear(features, width), nn.Linear(width, features)
         nn.init.zeros_(down.bias)

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Literal
 
 import peft
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lightning_rec.towers.adapter_folder import load_adapter, merged_folder, read_adapter
 from lightning_rec.towers.adapters import adapt
 from lightning_rec.towers.frozen_layers import FrozenBottom, kept_states, upper_adapter
-from lightning_rec.towers.loading import checkpoint_gradients, load_language_model
+from lightning_rec.towers.loading import checkpoint_gradients, count_parameters, load_language_model
 from lightning_rec.towers.model_folder import (
     BUNDLED,
     MODEL_FILES,
@@ -28,7 +29,7 @@ from lightning_rec.towers.model_folder import (
     find_language_model,
     with_sentence_files,
 )
-from lightning_rec.towers.pooling import Pooling, pool
+from lightning_rec.towers.pooling import Pooling, padded_right, pool
 from lightning_rec.towers.positions import position_limit, position_options
 from lightning_rec.towers.quantisation import Quantisation
 from lightning_rec.towers.sentence_folder import sentence_settings
@@ -189,6 +190,11 @@ class TextEncoder(nn.Module):
         self._prompt_learning = config.is_prompt_learning
         return adapt(model, config, self.folder.name, self.max_tokens)
 
+    @cached_property
+    def frozen_parameters(self) -> int:
+        """Number of parameters of a frozen language model, which are no parameters of this module; else 0."""
+        return count_parameters(self.config) if self.tune == "frozen" else 0
+
     @property
     def fingerprint(self) -> str:
         """A hash of the bytes of the model's weights, config and tokenizer."""
@@ -233,8 +239,10 @@ class TextEncoder(nn.Module):
             ``(k, width)`` float32 vectors, or ``(k, layers + 1, width)``, which are not normalised.
         """
         model = self.running_model(input_ids.device)
-        if attention_mask is None and self._prompt_learning:
-            attention_mask = torch.ones_like(input_ids)
+        if self._prompt_learning:
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            # behind virtual tokens peft gives a model no positions, which would count padding on the left
+            input_ids, attention_mask = padded_right(input_ids, attention_mask)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= position_options(model, self.config, attention_mask)
         if layers:

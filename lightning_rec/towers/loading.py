@@ -33,9 +33,7 @@ def load_language_model(
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        # a folder that holds T5's encoder alone would be given a decoder of random weights
-        halved = "t5" in config.model_type and not config.is_encoder_decoder
-        model = (AutoModelForTextEncoding if halved else AutoModel).from_pretrained(
+        model = _kind(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -45,17 +43,35 @@ def load_language_model(
     finally:
         if progress:
             transformers_logging.enable_progress_bar()
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if getattr(model, "pooler", None) is not None:
-        # It reads the first token for another task: unused, it would be parameters without a gradient.
-        model.pooler = None
+    model = _read_part(model)
     model.config.use_cache = False
     if quantisation != "none" and tune == "adapter":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if tune != "full":
         model.requires_grad_(False)
     return model.train(tune != "frozen")
+
+
+def count_parameters(config: Any) -> int:
+    """How many parameters a language model has, told by its config: no weight is read."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _read_part(_kind(config).from_config(config)).parameters())
+
+
+def _kind(config: Any) -> Any:
+    # a folder that holds T5's encoder alone would be given a decoder of random weights
+    halved = "t5" in config.model_type and not config.is_encoder_decoder
+    return AutoModelForTextEncoding if halved else AutoModel
+
+
+def _read_part(model: Any) -> Any:
+    """The part of a model that reads texts."""
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if getattr(model, "pooler", None) is not None:
+        # It reads the first token for another task: unused, it would be parameters without a gradient.
+        model.pooler = None
+    return model
 
 
 def checkpoint_gradients(model: Any, inputs: bool) -> None:

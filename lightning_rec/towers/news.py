@@ -82,7 +82,8 @@ class NewsItemTower(ItemTower):
             that a category which no article of the training has says nothing.
         entity_dim: width of the vector of an entity; with a file, that of its vectors.
         entity_vectors: ready-made entity vectors, such as MIND's entity_embedding.vec (id, tab, numbers); plain, .gz
-            or .zip. Those of the catalogue's entities are kept, brought to unit scale. None: they are learned from
+            or .zip; a list of files where each part of the data has its own, of which the first that has an entity
+            counts. Those of the catalogue's entities are kept, brought to unit scale. None: they are learned from
             the start.
         tune_entities: train entity vectors; with false, entities that the file does not have are left out.
         entity_pooling: ``mean`` or ``attention`` over an article's entities.
@@ -118,7 +119,7 @@ class NewsItemTower(ItemTower):
         hidden: int = 200,
         category_dim: int = 100,
         entity_dim: int = 100,
-        entity_vectors: str | None = None,
+        entity_vectors: str | list[str] | None = None,
         tune_entities: bool = True,
         entity_pooling: Literal["mean", "attention"] = "mean",
         max_entities: int = 16,
@@ -214,7 +215,7 @@ class NewsItemTower(ItemTower):
             self.entity_dim,
             std=0.0,
             min_count=self.min_entity_count,
-            file=self.entity_vectors,
+            files=[self.entity_vectors] if isinstance(self.entity_vectors, str) else self.entity_vectors,
             tuned=self.tune_entities,
             what="entities",
             option="entity_dim",

@@ -31,3 +31,12 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     steps = torch.arange(mask.shape[1], device=mask.device)
     place = mask.argmax(1) if pooling == "cls" else (steps * mask).argmax(1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), place].float()
+
+
+def padded_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``(k, l)`` tokens and their mask with the padding that was on the left behind the tokens."""
+    length = mask.shape[1]
+    if not length:
+        return tokens, mask
+    places = (torch.arange(length, device=mask.device) + mask.argmax(1, keepdim=True)) % length
+    return tokens.gather(1, places), mask.gather(1, places)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_rec.towers.vector_files import read_vectors
@@ -61,6 +62,23 @@ class NamedVectors(nn.Module):
         """``(..., width)`` vectors of ``(...)`` rows."""
         return F.embedding(rows, self.vectors, padding_idx=0)
 
+    @torch.no_grad()
+    def take(self, letters: Tensor, vectors: Tensor) -> int:
+        """Takes the vectors of names that another table has too, and keeps its own names.
+
+        Args:
+            letters: the other table's names.
+            vectors: its vectors, of the same width.
+
+        Returns:
+            The number of names that both have.
+        """
+        shared = [(own, row) for row, name in enumerate(_unpack(letters), 1) if (own := self.rows.get(name))]
+        if shared:
+            own, other = torch.tensor(shared).T
+            self.vectors[own.to(self.vectors.device)] = vectors[other].to(self.vectors)
+        return len(shared)
+
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
         letters, vectors = state.get(f"{prefix}letters"), state.get(f"{prefix}vectors")
         if letters is not None and letters.shape != self.letters.shape:
@@ -98,7 +116,7 @@ def named_vectors(
     std: float,
     min_count: int = 1,
     most: int | None = None,
-    file: str | None = None,
+    files: Sequence[str] | None = None,
     tuned: bool = True,
     what: str = "names",
     option: str = "dim",
@@ -113,7 +131,7 @@ def named_vectors(
         std: standard deviation of vectors that no file gives; with 0, what was never trained says nothing.
         min_count: names that are less frequent are left out.
         most: so many names at most, the most frequent ones.
-        file: ready-made vectors, see :func:`read_vectors`.
+        files: ready-made vectors, see :func:`read_vectors`; the first file that has a name counts.
         tuned: train the vectors. Frozen, names that the file does not have are left out.
         what: what the names are, for the report.
         option: the option that sets the width, for errors.
@@ -121,10 +139,11 @@ def named_vectors(
         unit: bring the numbers of the file to a root mean square of 1.
     """
     names = frequent(counts, min_count, most)
-    found = {}
-    if file is not None and names:
-        found = read_vectors(file, names, width, option, lower)
-        _report(what, names, found, counts, file)
+    found: dict[str, NDArray[np.float32]] = {}
+    if files and names:
+        for file in files:
+            found = read_vectors(file, names, width, option, lower) | found
+        _report(what, names, found, counts, files)
         if not tuned:
             names = [name for name in names if name in found]
     vectors = torch.empty(len(names) + 1, width).normal_(std=std)
@@ -137,11 +156,12 @@ def named_vectors(
     return NamedVectors(names, vectors, tuned)
 
 
-def _report(what: str, names: Sequence[str], found: Iterable[str], counts: Counter[str], file: str) -> None:
+def _report(what: str, names: Sequence[str], found: Iterable[str], counts: Counter[str], files: Sequence[str]) -> None:
     held = set(found)
     share = 100 * len(held) / len(names)
     mass = 100 * sum(counts[name] for name in held) / sum(counts[name] for name in names)
     rank_zero_info(
-        f"{file} has {len(held):,} of the {len(names):,} {what} of the catalogue ({share:.1f} %), which are "
+        f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} {len(held):,} of the {len(names):,} {what} of "
+        f"the catalogue ({share:.1f} %), which are "
         f"{mass:.1f} % of their occurrences."
     )

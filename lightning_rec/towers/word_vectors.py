@@ -113,7 +113,7 @@ class WordVectorEncoder(nn.Module):
             std=0.1,
             min_count=o.min_count,
             most=o.max_words,
-            file=o.vectors,
+            files=None if o.vectors is None else [o.vectors],
             tuned=o.tune,
             what="words",
             option="words.dim",

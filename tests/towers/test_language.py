@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_rec.towers.language import TextEncoder, find_language_model, pool
+from lightning_rec.towers.pooling import padded_right
 from lightning_rec.towers.tokens import length_batches
 
 TEXTS = ["red shoe", "", "the old dog and the new cat of a big city river", "blue", "red shoe", "unheard words"]
@@ -45,6 +46,31 @@ def test_padding_on_either_side(tiny_model, pooling):
     left = encoder(torch.tensor([[5, 6, 7], [0, 8, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]]))
     torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder(ids[1:, :2]), right[1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_padding_on_either_side_behind_virtual_tokens(tiny_model, kind):
+    torch.manual_seed(0)
+    encoder = TextEncoder(tiny_model, peft=kind(num_virtual_tokens=3)).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    right = encoder(ids, torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    left = encoder(torch.tensor([[5, 6, 7], [0, 8, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]]))
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(ids[1:, :2]), right[1:], atol=1e-5, rtol=0)
+
+
+def test_padding_goes_behind_the_tokens():
+    tokens, mask = (
+        torch.tensor([[0, 0, 8], [5, 6, 7], [3, 0, 0], [0, 0, 0]]),
+        torch.tensor([[0, 0, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]]),
+    )
+    moved, seen = padded_right(tokens, mask)
+    assert moved.tolist() == [[8, 0, 0], [5, 6, 7], [3, 0, 0], [0, 0, 0]]
+    assert seen.tolist() == [[1, 0, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]]
 
 
 def test_pooling_by_hand():

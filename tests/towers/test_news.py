@@ -185,6 +185,10 @@ def test_entity_vectors_of_mind(tmp_path, tuned):
     assert "Q2" not in table.rows or not table.vectors[table.rows["Q2"]].any()
     assert set(table.rows) == ({"Q1", "Q2", "Q3", "Q4"} if tuned else {"Q1", "Q3"})
     assert ("vectors" in dict(table.named_parameters())) == tuned
+    other = tmp_path / "dev.vec"
+    other.write_text("Q1\t9\t9\t9\t\nQ2\t0.1\t0.2\t0.3\t\n")  # the first file that has a name counts
+    both = build(words=WORDS, entity_vectors=[str(path), str(other)], tune_entities=tuned).name_views[-1].table
+    torch.testing.assert_close(both.vectors[both.rows["Q2"]], both.vectors[both.rows["Q1"]])
     fresh = build(CatalogueView(n_rows=N), False, words=WORDS, entity_vectors="gone.vec", tune_entities=tuned)
     fresh.load_state_dict(tower.state_dict())
     assert torch.equal(fresh.encode_items(NEW), tower.encode_items(NEW))
