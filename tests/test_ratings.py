@@ -155,6 +155,19 @@ def test_reviews_and_item_text_say_the_stars(tmp_path, tiny_bert):
     assert found["test/rmse"] < 0.8 * root_mean_squared_error(stars, guess)
     assert found["test/mae"] < 0.8 * mean_absolute_error(stars, guess)
 
+    def adam(lr, weight_decay):
+        return {"class_path": "torch.optim.Adam", "init_args": {"lr": lr, "weight_decay": weight_decay}}
+
+    biases, _ = fit_and_test(
+        tmp_path, tower("BiasItemTower"), tower("BiasUserTower"), epochs=40, optimizer=adam(0.01, 1e-2)
+    )
+    factors, _ = fit_and_test(
+        tmp_path, tower("BiasItemTower", factors=16), tower("BiasUserTower"), epochs=60, optimizer=adam(5e-3, 1e-4)
+    )
+    for name in ("test/rmse", "test/mae"):
+        assert found[name] < 0.8 * biases[name], "biases of users and items know nothing of tastes"
+        assert factors[name] < 0.8 * biases[name], "tastes are planted, so that factors find them too"
+
 
 def marked():
     """Reviews that name their own item, so that a leak shows."""
