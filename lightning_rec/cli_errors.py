@@ -105,6 +105,8 @@ def _near(name: str, known: Iterable[str]) -> str:
     # a key of the model or the data lies below their option
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not near and "." in name:
+        near = difflib.get_close_matches(name.split(".", 1)[0], [key for key in names if "." not in key], n=1)
+    if not near and "." in name:
         near = difflib.get_close_matches(name.rsplit(".", 1)[-1], [key.rsplit(".", 1)[-1] for key in names], n=1)
     return f"Did you mean {near[0]}?\n" if near else ""
 

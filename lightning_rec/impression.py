@@ -66,7 +66,9 @@ class ImpressionTwoTower(TowerModule):
         schedule: learning rate after the warm-up.
         optimizer: any torch optimizer in the place of AdamW, such as ``{class_path: transformers.Adafactor, init_args:
             {lr: 0.001, relative_step: false}}``; its own settings then replace ``lr`` and ``weight_decay``.
-        lr_scheduler: any torch scheduler in the place of ``warmup_steps`` and ``schedule``; steps once an epoch.
+        lr_scheduler: any torch scheduler in the place of ``warmup_steps`` and ``schedule``; it steps once an epoch, or
+            once a step where it counts steps (``OneCycleLR``, ``CyclicLR``). One that waits for a figure is
+            ``{class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/ndcg@10, mode: max}}``.
         start_from: a checkpoint of another run whose towers this run begins with; see ``lightning_rec.TwoTower``.
 
     Example::

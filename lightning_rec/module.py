@@ -42,7 +42,9 @@ class TwoTower(TowerModule):
         schedule: learning rate after the warm-up.
         optimizer: any torch optimizer in the place of AdamW, such as ``{class_path: transformers.Adafactor, init_args:
             {lr: 0.001, relative_step: false}}``; its own settings then replace ``lr`` and ``weight_decay``.
-        lr_scheduler: any torch scheduler in the place of ``warmup_steps`` and ``schedule``; steps once an epoch.
+        lr_scheduler: any torch scheduler in the place of ``warmup_steps`` and ``schedule``; it steps once an epoch, or
+            once a step where it counts steps (``OneCycleLR``, ``CyclicLR``). One that waits for a figure is
+            ``{class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/ndcg@10, mode: max}}``.
         start_from: a checkpoint of another run, perhaps of another catalogue, whose towers this run begins with, also
             for ``test`` without a checkpoint: adapters, projections, blocks; vectors of ids begin anew where the ids
             are others.

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 Schedule = Literal["constant", "cosine", "linear"]
 
@@ -88,6 +88,25 @@ def warm_up(schedule: Schedule, warmup_steps: int, total_steps: float) -> Callab
 def scheduler(optimizer: Optimizer, schedule: Schedule, warmup_steps: int, total_steps: float) -> LambdaLR:
     """The learning-rate scheduler of :func:`warm_up`."""
     return LambdaLR(optimizer, warm_up(schedule, warmup_steps, total_steps))
+
+
+def named_scheduler(made: Any) -> dict[str, Any]:
+    """How Lightning is to step a scheduler that was named: once an epoch, or once a step where it counts steps.
+
+    Raises:
+        ValueError: it waits for a figure, and does not say for which.
+    """
+    if isinstance(made, OneCycleLR | CyclicLR):
+        return {"scheduler": made, "interval": "step"}
+    if isinstance(made, ReduceLROnPlateau):
+        if not hasattr(made, "monitor"):
+            raise ValueError(
+                "torch.optim.lr_scheduler.ReduceLROnPlateau does not say which figure it waits for: set lr_scheduler "
+                "to {class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/ndcg@10, mode: "
+                "max}}."
+            )
+        return {"scheduler": made, "monitor": made.monitor}
+    return {"scheduler": made}
 
 
 def settings(optimizer: Optimizer) -> list[dict[str, Any]]:

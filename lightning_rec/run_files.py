@@ -41,7 +41,8 @@ def resolve_checkpoint(wanted: str, root: str | None) -> Path:
             if best.is_file():
                 return best
     raise FileNotFoundError(
-        f"{found[-1]} names no best checkpoint that still exists. Use ckpt_path: last, or give a file."
+        f"{found[-1]} names no best checkpoint that still exists: it was removed, or nothing was ever validated (no "
+        "user or impression to validate, or trainer.limit_val_batches: 0). Use ckpt_path: last, or give a file."
     )
 
 

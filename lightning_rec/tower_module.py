@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from lightning_rec import checkpoint as saved
 from lightning_rec.data.batch import Batch, CatalogueView, ItemBatch
 from lightning_rec.metrics.ranks import ScoreTable
-from lightning_rec.optim import Schedule, fused, keep_settings, parameter_groups, scheduler, settings
+from lightning_rec.optim import Schedule, fused, keep_settings, named_scheduler, parameter_groups, scheduler, settings
 from lightning_rec.towers import ItemTower, UserTower, adalora, parameter_summary
 from lightning_rec.towers.adapters import of_tower
 from lightning_rec.towers.score import Dot, Score
@@ -237,7 +237,7 @@ class TowerModule(LightningModule, ABC):
             optimizer = AdamW(groups, lr=self.lr, fused=fused(self))
         self._settings = settings(optimizer)
         if self.lr_scheduler is not None:
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer)}}
+            return {"optimizer": optimizer, "lr_scheduler": named_scheduler(self.lr_scheduler(optimizer))}
         total = float("inf") if self.schedule == "constant" else self.trainer.estimated_stepping_batches
         schedule = scheduler(optimizer, self.schedule, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -65,6 +65,7 @@ def fitted(tmp_path_factory):
 
 MISSPELT = {
     "top level": ("data:", "datas: 1\ndata:", [], "Did you mean data?"),
+    "top level with a class": ("model:", "modle: {class_path: x}\nmodel:", [], "Did you mean model?"),
     "trainer": ("max_epochs: 1", "max_epoch: 1", [], "Did you mean trainer.max_epochs?"),
     "model": ("    item_tower:", "    weight_decoy: 1\n    item_tower:", [], "Did you mean weight_decay?"),
     "tower": ("{dim: 8}", "{dimm: 8}", [], "Did you mean dim? lightning_rec.towers.IdItemTower takes: dim, init_std."),

@@ -8,6 +8,7 @@ import torch
 import transformers
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 
 from lightning_rec import EcommerceDataModule, TwoTower
@@ -114,8 +115,7 @@ def fit(module, folder, data=None, ckpt_path=None, callbacks=(), **options):
         enable_model_summary=False,
         enable_checkpointing=bool(callbacks),
         callbacks=list(callbacks),
-        limit_val_batches=0,
-        **options,
+        **({"limit_val_batches": 0} | options),
     )
     trainer.fit(module, data or shop(), ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -160,6 +160,36 @@ def test_named_optimizer_and_scheduler(tmp_path):
     trainer = fit(module, tmp_path, max_epochs=2)
     assert type(trainer.optimizers[0]) is torch.optim.SGD
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.025), "once an epoch"
+
+
+def test_a_scheduler_that_counts_steps_is_stepped_once_a_step(tmp_path):
+    module = TwoTower(
+        *towers(),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=4),
+    )
+    trainer = fit(module, tmp_path, max_epochs=2)
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+
+
+@pytest.mark.parametrize(("mode", "falls"), [("min", True), ("max", False)])
+def test_a_scheduler_that_waits_for_a_figure(tmp_path, mode, falls):
+    module = TwoTower(
+        *towers(),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
+        lr_scheduler=lambda optimizer: ReduceLROnPlateau(
+            optimizer, monitor="val/mine", mode=mode, factor=0.5, patience=0
+        ),
+    )
+    module.validation_step = lambda *_: module.log("val/mine", 1.0 + module.current_epoch, batch_size=1)
+    trainer = fit(module, tmp_path, max_epochs=3, limit_val_batches=1, num_sanity_val_steps=0)
+    assert (trainer.optimizers[0].param_groups[0]["lr"] < 0.1) == falls
+
+
+def test_a_scheduler_that_does_not_say_for_what_it_waits(tmp_path):
+    module = TwoTower(*towers(), lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    with pytest.raises(ValueError, match=r"does not say which figure.*lightning\.pytorch\.cli\.ReduceLROnPlateau"):
+        fit(module, tmp_path, max_epochs=1)
 
 
 def test_adafactor(tmp_path):

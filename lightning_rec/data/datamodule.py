@@ -57,8 +57,9 @@ class RecDataModule(ServedDataModule):
             training ratings.
         repeats: what happens to repeats of one user and item: ``keep`` them all, or only the ``first`` or ``last``.
         min_user_events: drop users with fewer positive interactions, and (with ``min_item_events``) repeat until both
-            minimums hold: the k-core.
-        min_item_events: drop items with fewer positive interactions.
+            minimums hold: the k-core. What is dropped counts as touched for ``filter_seen``.
+        min_item_events: drop the interactions with items that have fewer. The items stay candidates, as those that
+            nobody touched do.
         unknown_items: what happens to interactions whose item the item table lacks: ``drop`` them (counted), or ``add``
             a catalogue row with an empty text.
         split: ``leave_one_out``: the last event of each user is the test, the one before it the validation;
@@ -272,8 +273,9 @@ class RecDataModule(ServedDataModule):
             user_min=self.min_user_events,
             item_min=self.min_item_events,
         )
-        # rows that the k-core drops are gone; rows that are only not positive were touched all the same
+        # what is not positive, or dropped by the k-core, was touched all the same
         touched = known & ~positive
+        touched[self.histories.core_dropped] = True
         self.touched = (
             build_histories(user_codes, items, times, ratings, user_ids=self.user_ids, keep=touched)
             if touched.any()

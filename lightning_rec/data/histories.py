@@ -22,6 +22,7 @@ class Histories:
         ratings: ``(n,)`` float32, NaN where there is none, or None.
         event: ``(n,)`` int64 row of the event in the interactions table (to reach its review).
         report: what was left out while the histories were built, counted; see ``build_histories``.
+        core_dropped: rows of the interactions table that the k-core left out.
     """
 
     user_ids: list[str]
@@ -31,6 +32,7 @@ class Histories:
     ratings: np.ndarray | None
     event: np.ndarray
     report: dict[str, int] = field(default_factory=dict)
+    core_dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def n_users(self) -> int:
@@ -165,9 +167,10 @@ def build_histories(
     if repeats != "keep":
         event = event[_without_repeats(user_codes[event], items[event], repeats)]
     report["repeats_dropped"] = before - len(event)
+    core_dropped = event[:0]
     if user_min > 1 or item_min > 1:
         mask, counts = k_core(user_codes[event], items[event], user_min, item_min)
-        event = event[mask]
+        event, core_dropped = event[mask], event[~mask]
         report |= counts
     lengths = np.bincount(user_codes[event], minlength=len(user_ids))
     report |= {
@@ -183,6 +186,7 @@ def build_histories(
         ratings=None if ratings is None else np.asarray(ratings, np.float32)[event],
         event=event.astype(np.int64),
         report=report,
+        core_dropped=core_dropped.astype(np.int64),
     )
 
 

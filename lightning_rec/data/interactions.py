@@ -47,29 +47,35 @@ def canonical_interactions(
     """
     if not len(table):
         raise ValueError(f"There are no interactions in {', '.join(table.files)}: at most a header and no rows.")
-    table.columns["user_id"] = canonical_ids(table.columns["user_id"], "user_id", report, integer_ids)
-    table.columns["item_id"] = canonical_ids(table.columns["item_id"], "item_id", report, integer_ids)
-
     bad: dict[int, str] = {}
+    for name in ("user_id", "item_id", "rating", "timestamp", "position"):
+        if name in table.columns and pa.types.is_list(table.columns[name].type):
+            table.columns[name], lists = _single_values(table.columns[name], name)
+            bad |= lists
+    for name in ("user_id", "item_id"):
+        table.columns[name] = canonical_ids(table.columns[name], name, report, integer_ids)
+
     times, ratings = None, None
     if "timestamp" in table.columns and not is_blank(table.columns["timestamp"]).all():
         times = parse_times(table.columns["timestamp"])
         check_times(times, table)
-        bad |= times.bad
+        bad = times.bad | bad
         for text in times.notes:
             report.note(text)
     if "rating" in table.columns:
         ratings, problems = parse_numbers(table.columns["rating"], "rating", rating_range)
         _check_share(problems, table, "rating")
-        bad |= problems
+        bad = problems | bad
     positions = None
     if "position" in table.columns and times is None:
         positions, problems = parse_numbers(table.columns["position"], "position")
-        bad |= problems | {
-            int(row): "the position is empty" for row in np.flatnonzero(is_blank(table.columns["position"]))
-        }
+        bad = (
+            problems
+            | {int(row): "the position is empty" for row in np.flatnonzero(is_blank(table.columns["position"]))}
+            | bad
+        )
     for name in ("item_id", "user_id"):
-        bad |= {int(row): f"the {name} is empty" for row in np.flatnonzero(is_blank(table.columns[name]))}
+        bad = {int(row): f"the {name} is empty" for row in np.flatnonzero(is_blank(table.columns[name]))} | bad
     for row in sorted(bad):
         file, line, unit = table.where(row)
         report.bad_row(file, line, bad[row], unit)
@@ -98,6 +104,18 @@ def canonical_interactions(
     arrow = arrow.select([name for name in names if name not in ("position", "_fraction")])
     report.rows["interactions"] = arrow.num_rows
     return Dataset(arrow)
+
+
+def _single_values(column: pa.ChunkedArray, name: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column of JSON in which lists stand as well: their rows are bad, the others have one value each."""
+    bad = {}
+    values: list[str | None] = []
+    for row, value in enumerate(column.to_pylist()):
+        found = value or [None]
+        if len(found) > 1:
+            bad[row] = f"the {name} is a list of {len(found)} values, {', '.join(map(str, found))[:80]}"
+        values.append(found[0])
+    return pa.chunked_array([pa.array(values, pa.string())]), bad
 
 
 def canonical_ids(column: pa.ChunkedArray, name: str, report: ReadReport, integer_ids: bool) -> pa.ChunkedArray:
@@ -161,6 +179,8 @@ def parse_numbers(
         bad[row] = f"the {name} {text[row].as_py()[:80]!r} is no number"
     plain = pc.replace_substring_regex(pc.if_else(numeric, text, pa.scalar(None, pa.string())), r"^\+", "")
     numbers = np.array(pc.fill_null(plain.cast(pa.float64()), float("nan")), dtype=np.float64)
+    for row in np.flatnonzero(np.isinf(numbers)).tolist():
+        bad[row] = f"the {name} {text[row].as_py()[:80]!r} is too large a number"
     if limits is not None:
         low, high = limits
         for row in np.flatnonzero((numbers < low) | (numbers > high)).tolist():

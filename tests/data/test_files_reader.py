@@ -329,3 +329,21 @@ def test_line_numbers_are_exact_across_blocks(tmp_path: Path, monkeypatch: pytes
     assert [row.line for row in raw.report.skipped] == [263, 202]
     assert len(raw.interactions) == 298
     assert raw.interactions["user_id"][249] == "u\nv"
+
+
+def test_a_list_as_an_id_is_a_bad_row(tmp_path):
+    rows = [
+        {"user_id": "a", "item_id": "x", "rating": 3},
+        {"user_id": "a", "item_id": ["y", "z"], "rating": 4},
+        {"user_id": "b", "item_id": ["y"], "rating": "1e400"},
+        {"user_id": "b", "item_id": "x", "rating": None},
+    ]
+    path = write(tmp_path, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadRowError, match=r"log\.jsonl, line 2: the item_id is a list of 2 values, y, z"):
+        Files(path).read()
+    found = Files(path, on_bad_rows="skip").read()
+    assert [(row.line, row.reason) for row in found.report.skipped] == [
+        (2, "the item_id is a list of 2 values, y, z"),
+        (3, "the rating '1e400' is too large a number"),
+    ]
+    assert found.interactions["item_id"][:] == ["x", "x"]

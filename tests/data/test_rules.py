@@ -198,6 +198,19 @@ def test_the_k_core_is_counted(ready):
     assert data.histories.report["core_users_dropped"] == 1
 
 
+def test_what_the_k_core_drops_was_seen_all_the_same(ready):
+    log = "user_id,item_id,rating\na,rare,5\na,x,5\na,y,5\na,z,1\nb,x,5\nb,y,5\nlone,y,5\n"
+    data = ready(log, min_user_events=2, min_item_events=2, min_rating=3)
+    assert histories(data) == {"a": ["x", "y"], "b": ["x", "y"], "lone": []}
+    dataset = data.prediction_dataset()
+    batch = dataset[BatchIndex(np.arange(len(dataset)), (0,))]
+    seen = {
+        user: {data.catalogue.ids[row] for row in rows if row}
+        for user, rows in zip(data.asked_users, batch.seen.tolist(), strict=True)
+    }
+    assert seen == {"a": {"rare", "x", "y", "z"}, "b": {"x", "y"}, "lone": {"y"}}
+
+
 # ---------------------------------------------------------------- 5: bad rows, unknown items, cold items
 
 
