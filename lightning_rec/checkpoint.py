@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_rec.data.batch import CatalogueView
@@ -68,11 +69,31 @@ def on_save(module: TowerModule, checkpoint: dict[str, Any]) -> None:
         "users_digest": module.users_digest,
     }
     checkpoint["random_state"] = random_state(module.device)
+    if pending := pending_gradients(module):
+        checkpoint["pending_gradients"] = pending
     from lightning_rec.towers import adalora  # it loads peft, which most readers of checkpoints do without
 
     ranks = adalora.schedule_state(module)
     if ranks:
         checkpoint["adapter_ranks"] = ranks
+
+
+def pending_gradients(module: TowerModule) -> dict[str, torch.Tensor]:
+    """What has been accumulated since the last step of the optimizer, by parameter; empty right after a step.
+
+    Devices accumulate apart from each other, and one of them writes the checkpoint: there it is left out, with a
+    warning, and a resumed run steps once with fewer batches.
+    """
+    trainer = module._trainer
+    if trainer is None or not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    if module.world_size > 1:
+        rank_zero_warn(
+            "This checkpoint was made between two steps of the optimizer (trainer.accumulate_grad_batches). What the "
+            "devices have accumulated is not in it; to resume exactly, save at a multiple of accumulate_grad_batches."
+        )
+        return {}
+    return {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -125,8 +146,10 @@ def on_load(module: TowerModule, checkpoint: dict[str, Any], view: CatalogueView
     from lightning_rec.towers import adalora
 
     adalora.restore_schedule(module, checkpoint.get("adapter_ranks", {}))
-    if "random_state" in checkpoint and checkpoint.get("global_step", 0) > 0:
+    gradients = checkpoint.get("pending_gradients", {})
+    if "random_state" in checkpoint and (checkpoint.get("global_step", 0) > 0 or gradients):
         module.restored_random_state = checkpoint["random_state"]
+        module.restored_gradients = gradients
 
 
 def _other_catalogue(module: TowerModule, sizes: dict[str, Any], view: CatalogueView | None) -> bool:

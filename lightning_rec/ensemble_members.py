@@ -113,7 +113,7 @@ def open_member(path: Path, view: CatalogueView, name: str) -> tuple[TwoTower, d
     except RuntimeError as error:
         raise ValueError(f"{name} does not fit: {error}") from error
     member.load_state_dict(loaded["state_dict"])
-    member.restored_random_state = None
+    member.restored_random_state, member.restored_gradients = None, {}
     member.val_metrics, member.test_metrics = nn.ModuleList(), nn.ModuleList()
     return member.requires_grad_(False).eval(), dict(loaded.get("datamodule_hyper_parameters", {}))
 

@@ -79,6 +79,7 @@ class TowerModule(LightningModule, ABC):
         self._settings: list[dict[str, Any]] = []
         self._prepared: str | None = None
         self.restored_random_state: dict[str, Tensor] | None = None
+        self.restored_gradients: dict[str, Tensor] = {}
         self.is_built = False  # True once the towers have their parameters
         self._catalogue: Tensor | None = None
         self._table: ScoreTable | None = None
@@ -166,6 +167,10 @@ class TowerModule(LightningModule, ABC):
         self.trainer.fit_loop._load_combined_loader_states()
         if adalora.has_schedule(self):
             adalora.start_schedule(self, self.trainer.estimated_stepping_batches)
+        for name, gradient in self.restored_gradients.items():  # what was accumulated when the checkpoint was made
+            parameter = self.get_parameter(name)
+            parameter.grad = gradient.to(parameter)
+        self.restored_gradients = {}
         if self.trainer.ckpt_path is not None:
             keep_settings(self.trainer.optimizers, self.trainer.lr_scheduler_configs, self._settings)
 

@@ -29,7 +29,18 @@ class Recorder(Callback):
         self.users[trainer.current_epoch, batch_idx] = batch.users.users.tolist()
 
 
-def run(folder, ckpt_path=None, max_epochs=EPOCHS, max_steps=-1, workers=0, every_n=None, accumulate=1, validate=True):
+def run(
+    folder,
+    ckpt_path=None,
+    max_epochs=EPOCHS,
+    max_steps=-1,
+    workers=0,
+    every_n=None,
+    accumulate=1,
+    validate=True,
+    callbacks=(),
+    **options,
+):
     seed_everything(7, verbose=False)
     data = EcommerceDataModule(
         Files(str(SHOP / "interactions.csv"), str(SHOP / "items.csv")),
@@ -56,7 +67,7 @@ def run(folder, ckpt_path=None, max_epochs=EPOCHS, max_steps=-1, workers=0, ever
         default_root_dir=folder,
         accelerator="cpu",
         logger=False,
-        callbacks=[recorder, saver],
+        callbacks=[recorder, saver, *callbacks],
         max_epochs=max_epochs,
         max_steps=max_steps,
         enable_progress_bar=False,
@@ -64,6 +75,7 @@ def run(folder, ckpt_path=None, max_epochs=EPOCHS, max_steps=-1, workers=0, ever
         accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validate else 0,
+        **options,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     assert trainer.num_training_batches == STEPS
@@ -139,6 +151,26 @@ def test_resume_under_accumulation(tmp_path):
     assert resumed.losses == {step: loss for step, loss in recorder.losses.items() if step >= 6}
     same_weights(module, other)
     assert trainer.global_step == 9
+
+
+class EveryValidation(Callback):
+    """Saves at each validation, wherever the run stands between two steps of the optimizer."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"batch={trainer.fit_loop.epoch_loop.total_batch_idx}")
+
+
+def test_resume_between_two_steps_of_the_optimizer(tmp_path):
+    options = {"accumulate": 3, "callbacks": [EveryValidation()], "val_check_interval": 2}
+    recorder, module, _ = run(tmp_path, **options)
+    pending = 0
+    for file in sorted(tmp_path.glob("batch=*")):
+        pending += "pending_gradients" in torch.load(file, weights_only=True)
+        resumed, other, _ = run(tmp_path / "resumed", ckpt_path=str(file), **options | {"callbacks": []})
+        done = int(file.name.split("=")[1]) + 1
+        assert resumed.losses == {batch: loss for batch, loss in recorder.losses.items() if batch >= done}
+        same_weights(module, other)
+    assert pending == 6, "after 2 and 4 batches of each epoch, not after 6"
 
 
 CONFIG = f"""
