@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -128,7 +129,11 @@ class PredictionWriter(Callback):
             assert self.format != "mind"
             table = prediction_table(joined, data.asked_users, data.catalogue.ids)
             write_table(table, path, self.format)
-            rank_zero_info(f"{len(data.asked_users):,} users: {table.num_rows:,} recommendations written to {path}.")
+            left = len(set(data.asked_users)) - len(pc.unique(table.column("user_id")))
+            none = f", {left:,} of whom have touched every item and have no row" if left else ""
+            rank_zero_info(
+                f"{len(data.asked_users):,} users{none}: {table.num_rows:,} recommendations written to {path}."
+            )
             return
         asked = data.asked_impressions
         if self.format == "mind":

@@ -347,3 +347,10 @@ def test_a_list_as_an_id_is_a_bad_row(tmp_path):
         (3, "the rating '1e400' is too large a number"),
     ]
     assert found.interactions["item_id"][:] == ["x", "x"]
+
+
+def test_a_table_that_is_separated_by_spaces_is_told_its_delimiter(tmp_path):
+    path = write(tmp_path, "log.txt", "user_id item_id\na x\na y\n")
+    with pytest.raises(ValueError, match=r"Its one column is `user_id item_id`; if that is several, set delimiter"):
+        Files(path).read()
+    assert Files(path, delimiter=" ").read().interactions["item_id"][:] == ["x", "y"]

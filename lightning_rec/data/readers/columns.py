@@ -63,6 +63,8 @@ def mapped(field: str, wanted: ColumnName, names: Sequence[str]) -> str | None:
 def missing_column(field: str, wanted: ColumnName | None, names: Sequence[str], file: str, option: str) -> ValueError:
     """The error for a column that a file lacks: the columns found, the nearest name and the option to set."""
     found = f"The columns are {names_listed(names)}." if names else "It has no columns."
+    if len(names) == 1:
+        found = f"Its one column is {names_listed(names)}; if that is several, set delimiter."
     if wanted is None:
         near = difflib.get_close_matches(plain_name(field), [plain_name(name) for name in names], n=1, cutoff=0.5)
         lead = f"{file}: no column looks like `{field}`."
