@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +203,11 @@ class Artefact:
     def score(self) -> Score:
         """What makes vectors ready for the product."""
         return self.towers.score
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Held while the item tower's language model, or its tokenizer, is at work; let go of it soon."""
+        return self._lock
 
     @property
     def has_text_tower(self) -> bool:

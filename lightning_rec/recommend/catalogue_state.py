@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_rec.recommend.explore import LastLayer
 from lightning_rec.recommend.index import ExactIndex, Index
 from lightning_rec.recommend.lives import PUBLISHED, Lives, publications
+from lightning_rec.recommend.rerank import Fields
 from lightning_rec.recommend.types import RequestError
 
 _DISPLAY_LENGTH = 80
@@ -23,7 +24,7 @@ class CatalogueState:
     """All that is known of the items at one moment.
 
     A row keeps its number for ever. A removed item keeps its row and its vector, so that a history that holds it is
-    still read, but it never comes in an answer; added again, it lives again.
+    still read, but it never comes in an answer; added again, it lives again, with the fields that it is given then.
 
     Attributes:
         generation: grows by one with every change.
@@ -31,7 +32,7 @@ class CatalogueState:
         rows: row of each raw id, removed ones among them.
         texts: what the item tower reads of each row.
         display: what a person reads of each row.
-        attributes: one value a row for each field.
+        attributes: one value a row for each field; always :class:`~lightning_rec.recommend.rerank.Fields`.
         raw: ``(n, d)`` item vectors as the user tower reads them.
         ready: ``(n, d)`` item vectors ready for the product with an interest vector.
         counts: ``(n,)`` training interactions; 0 for new items.
@@ -54,6 +55,10 @@ class CatalogueState:
     index: Index = field(repr=False)
     lives: Lives | None = field(default=None, repr=False)
     whole: CatalogueState | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attributes, Fields):
+            object.__setattr__(self, "attributes", Fields(self.attributes))
 
     def __len__(self) -> int:
         """Number of rows, padding and removed items included."""
@@ -133,7 +138,8 @@ class CatalogueState:
         """The next state, with items added or changed.
 
         Args:
-            items: fields of each item, ``item_id`` among them; a field that a changed item does not name stays.
+            items: fields of each item, ``item_id`` among them; a field that a changed item does not name stays. Of
+                a removed item nothing stays.
             text_of: what the item tower reads of fields.
             encode: ``(m, d)`` vectors of texts as the user tower reads them.
             ready: makes such vectors ready for the product.
@@ -156,6 +162,9 @@ class CatalogueState:
                 display.append("")
                 for column in attributes.values():
                     column.append(None)
+            elif row < len(self) and not bool(self.alive[row]) and row not in living:
+                for column in attributes.values():
+                    column[row] = None
             for name, value in item.items():
                 if name != "item_id":
                     attributes.setdefault(name, [None] * len(ids))[row] = value

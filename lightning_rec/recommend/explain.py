@@ -1,8 +1,8 @@
 """Why an item has its score: which items of the history moved it, and which words.
 
-The effect of an item of the history is the score with the whole history minus the score without that item. Nothing is
-estimated: the user tower reads every shortened history (leave-one-out, as in Tintarev and Masthoff's survey,
-Recommender Systems Handbook, 2015, on explanations that name items of the user's own).
+The effect of an item of the history is the score with the whole history minus the score without that item, that is
+without any of its events. Nothing is estimated: the user tower reads every shortened history (leave-one-out, as in
+Tintarev and Masthoff's survey, Recommender Systems Handbook, 2015, on explanations that name items of the user's own).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_rec.recommend.catalogue_state import CatalogueState
-from lightning_rec.recommend.interests import READ_EVENTS, Interest
+from lightning_rec.recommend.interests import Interest
 from lightning_rec.recommend.repeats import repeat_bonus
 from lightning_rec.recommend.sentences import Sentences
 from lightning_rec.recommend.types import Explanation, Reason, Request, Word, Words
@@ -41,8 +41,8 @@ def explain(
         sentences: how it is said; None: in plain English.
 
     Returns:
-        The score, a reason for each of the items of the history that the user tower read (strongest effect first,
-        whatever its sign), words in their order, and a sentence.
+        The score, one reason for each item of the history that the user tower read, however often it occurs
+        (strongest effect first, whatever its sign), words in their order, and a sentence.
 
     Raises:
         RequestError: an unknown item, a request that does not fit, or words without a text tower.
@@ -69,25 +69,23 @@ def _score(interest: Interest, state: CatalogueState, row: int) -> float:
 
 
 def _reasons(recommender: Recommender, request: Request, state: CatalogueState, row: int, score: float) -> list[Reason]:
-    """The effect of every event that the user tower read."""
+    """The effect of every item that the user tower read, with all of its events."""
     ids, times = history_of(recommender, request)
-    known = [place for place, id_ in enumerate(ids) if id_ in state.rows]
-    places = known[-recommender.artefact.manifest.max_history :]
-    shortened = [
-        replace(
-            request,
-            history=[*ids[:place], *ids[place + 1 :]],
-            times=None if times is None else [*times[:place], *times[place + 1 :]],
-        )
-        for place in places
-    ]
+    known = [id_ for id_ in ids if id_ in state.rows]
+    newest = {id_: place for place, id_ in enumerate(known[-recommender.artefact.manifest.max_history :])}
+    # a tower that reads no text has nothing to say where the last event is left out
+    text = request.text if recommender.interests.reads_text else None
+    shortened = []
+    for id_ in newest:
+        rest = [place for place, other in enumerate(ids) if other != id_]
+        moments = None if times is None else [times[place] for place in rest]
+        shortened.append(replace(request, history=[ids[place] for place in rest], times=moments, text=text))
     found = recommender.interests.read(shortened, state)
     reasons = []
-    for number, (place, interest) in enumerate(zip(places, found, strict=True)):
-        # without its only event a user is unknown to the towers, and the dot product with nothing is nothing
+    for (id_, place), interest in zip(newest.items(), found, strict=True):
+        # without its only item a user is unknown to the towers, and the dot product with nothing is nothing
         without = 0.0 if interest.vector is None else _score(interest, state, row)
-        title = state.display[state.rows[ids[place]]]
-        reasons.append(Reason(ids[place], title, score - without, number))
+        reasons.append(Reason(id_, state.display[state.rows[id_]], score - without, place))
     return sorted(reasons, key=lambda reason: -abs(reason.effect))
 
 
@@ -97,6 +95,5 @@ def history_of(recommender: Recommender, request: Request) -> tuple[list[str], l
         return list(request.history), None if request.times is None else list(request.times)
     if not request.user:
         return [], None
-    newest = max(recommender.artefact.manifest.max_history, READ_EVENTS)
-    events = recommender.interests.histories([request.user], newest)[0]
+    events = recommender.interests.histories([request.user], recommender.interests.newest)[0]
     return [event.item for event in events], [event.time or 0 for event in events]

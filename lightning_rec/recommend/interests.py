@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from lightning_rec.recommend.artefact import Artefact
 from lightning_rec.recommend.catalogue_state import CatalogueState
 from lightning_rec.recommend.store import HistoryStore
 from lightning_rec.recommend.threads import one_thread
-from lightning_rec.recommend.types import AnswerPath, Event, Request
+from lightning_rec.recommend.types import AnswerPath, Event, Request, RequestError
 
-#: Newest events of a user that are read from the store: what was seen, and what the user tower reads.
+#: Newest events of a user that are read for the user tower; what was seen are all events.
 READ_EVENTS = 1000
 #: Steps of histories up to which one thread is faster than several.
 _FEW_STEPS = 512
@@ -28,7 +29,7 @@ class Interest:
     Attributes:
         path: what answers.
         vector: ``(d,)`` interest vector; None for popularity.
-        seen: rows of the whole history, also of what the user tower no longer reads.
+        seen: rows of the whole history, also of what the user tower no longer reads; each may come more than once.
         history: rows that the user tower reads, oldest first; a negative number stands for the
             request's own text.
         unknown: ids of the history that the catalogue lacks.
@@ -56,6 +57,55 @@ class InterestReader:
         self.store = store
         repeat = artefact.score.repeat
         self._repeat = 0.0 if repeat is None else float(repeat)
+        #: So many events of a user are read for the user tower.
+        self.newest = max(artefact.manifest.max_history, READ_EVENTS)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a tower reads what someone says."""
+        return self.artefact.has_text_tower or self.artefact.reads_user_text
+
+    @cached_property
+    def _fades(self) -> bool:
+        """Whether the user tower tells the interest after each event, so that older ones can fade.
+
+        A try says it: a tower may also repeat one vector at every step, or read one event only.
+        """
+        longest = self.artefact.manifest.max_history
+        rows = min(8, longest, len(self.artefact.ids) - 1)
+        if rows < 2:
+            return longest > 1  # of a single event nothing can fade, and a single item cannot be tried
+        history = torch.linspace(1, len(self.artefact.ids) - 1, rows).long()[None]
+        texts = ["a"] if self.artefact.reads_user_text else None
+        with torch.inference_mode():
+            users = UserBatch(history, torch.tensor([rows]), torch.tensor([0]), torch.zeros_like(history), texts)
+            steps = self.artefact.interests(users)[0]
+        return len(steps) > 1 and not bool((steps == steps[0]).all())
+
+    def check(self, request: Request, state: CatalogueState) -> None:
+        """Refuses what the towers of this artefact cannot answer.
+
+        Args:
+            request: the request.
+            state: the catalogue.
+
+        Raises:
+            RequestError: a half-life, or words, that no tower can use.
+        """
+        if request.half_life is not None and not self._fades:
+            raise RequestError(
+                f"The user tower, {self.artefact.manifest.user_tower['class_path']}, has one interest vector for a "
+                "whole history, in which no event can count half.",
+                "no_half_life",
+                "Leave half_life out, or export a run with a user tower that has a vector after every event, such as "
+                "lightning_rec.towers.SequenceUserTower.",
+            )
+        if request.text and not self.reads_text:
+            ids = request.history
+            if ids is None:
+                ids = [event.item for event in self.histories([request.user], self.newest)[0]] if request.user else []
+            if not any(id_ in state.rows for id_ in ids):  # else the history answers
+                self.artefact.encode_texts([request.text])  # raises
 
     def exported(self, user: str, newest: int) -> list[Event]:
         """The history of the fitted data."""
@@ -63,12 +113,34 @@ class InterestReader:
         return [] if users is None else users.history(user, newest)
 
     def histories(self, users: Sequence[str], newest: int) -> list[list[Event]]:
-        """The ``newest`` events of each user, oldest first: those of the fitted data, then those of the store."""
+        """The ``newest`` events of each user, oldest first: those of the fitted data and those of the store.
+
+        A stored event whose item and time the fitted data has too is the same event: the run was fitted to the events
+        of the store. Where the fitted data has no times, its events come first, and all of the store's after them.
+        """
+        if newest < 1:
+            return [[] for _ in users]
+        return [events[-newest:] for events, _ in self._known(users, max(newest, self.newest))]
+
+    def _known(self, users: Sequence[str], newest: int) -> list[tuple[list[Event], bool]]:
+        """The ``newest`` fitted and stored events of each user as one; and whether the store may have older ones."""
         stored = self.store.read_many(users, newest)
         return [
-            events if len(events) >= newest else [*self.exported(user, newest - len(events)), *events]
+            (_merged(self.exported(user, newest), events), len(events) >= newest)
             for user, events in zip(users, stored, strict=True)
         ]
+
+    def _seen(self, user: str, events: Sequence[Event], older: bool, state: CatalogueState) -> list[int]:
+        """Rows of all that a user did: ``events``, all fitted and stored ones, and what was merely touched."""
+        ids = {event.item for event in events}
+        if older:
+            ids |= self.store.items(user)
+        users = self.artefact.users
+        row = 0 if users is None else users.row(user)
+        if users is not None and row:
+            fitted = users.rows[users.indptr[row - 1] : users.indptr[row]].tolist()
+            ids.update([self.artefact.ids[item] for item in set(fitted)], users.touched(user))
+        return [state.rows[id_] for id_ in ids if id_ in state.rows]
 
     def read(self, requests: Sequence[Request], state: CatalogueState) -> list[Interest]:
         """The interest of each request: one pass through the user tower for all of them.
@@ -78,13 +150,13 @@ class InterestReader:
             state: the catalogue.
         """
         asked = [place for place, request in enumerate(requests) if request.history is None and request.user]
-        newest = max(self.artefact.manifest.max_history, READ_EVENTS)
-        read = self.histories([str(requests[place].user) for place in asked], newest) if asked else []
+        read = self._known([str(requests[place].user) for place in asked], self.newest) if asked else []
         known = dict(zip(asked, read, strict=True))
         found: list[Interest] = []
         times: list[list[int] | None] = []
         for place, request in enumerate(requests):
-            events = known.get(place)
+            whole, older = known.get(place, (None, False))
+            events = None if whole is None else whole[-self.newest :]
             ids = list(request.history) if request.history is not None else [event.item for event in events or []]
             stamps = [event.time or 0 for event in events] if events is not None else request.times
             rows = [state.rows.get(id_, 0) for id_ in ids]
@@ -93,9 +165,8 @@ class InterestReader:
             stamped = None if stamps is None else [stamps[number] for number in kept][len(kept) - len(history) :]
             unknown = [id_ for id_, row in zip(ids, rows, strict=True) if not row]
             seen = [row for row in rows if row]
-            if events is not None and self.artefact.users is not None:
-                touched = self.artefact.users.touched(str(request.user))
-                seen.extend(state.rows[id_] for id_ in touched if id_ in state.rows)
+            if whole is not None:
+                seen = self._seen(str(request.user), whole, older, state)
             found.append(Interest("towers", None, seen, history, unknown, self._repeat))
             times.append(stamped)
         self._encode(requests, found, times, state)
@@ -178,10 +249,21 @@ class InterestReader:
         return UserBatch(history=history, lengths=lengths, users=torch.tensor(numbers), times=stamps, texts=user_texts)
 
 
+def _merged(fitted: list[Event], stored: list[Event]) -> list[Event]:
+    """One history, oldest first, each event once where both have times; fitted events first where times are equal."""
+    both = [*fitted, *stored]
+    if not fitted or not stored or any(event.time is None for event in both):
+        return both
+    same = {(event.item, event.time) for event in fitted}
+    fresh = [event for event in stored if (event.item, event.time) not in same]
+    return sorted([*fitted, *fresh], key=lambda event: event.time or 0)
+
+
 def _decayed(steps: Tensor, times: Sequence[int] | None, half_life: float | None) -> Tensor:
     """One interest vector from those after each event: the newest, or their mean with older events fading."""
     if half_life is None or times is None or len(steps) != len(times):
         return steps[-1]
-    ages = torch.tensor([times[-1] - time for time in times], dtype=torch.float32).clamp_min(0)
+    # in double precision, where the shortest half-life is more than 0: the newest event has the weight 1
+    ages = torch.tensor([times[-1] - time for time in times], dtype=torch.float64).clamp_min(0)
     weights = torch.exp2(-ages / half_life)
-    return (weights / weights.sum()) @ steps
+    return (weights / weights.sum()).to(steps.dtype) @ steps

@@ -21,14 +21,7 @@ from lightning_rec.recommend.interests import Interest, InterestReader
 from lightning_rec.recommend.repeats import repeat_bonus, search
 from lightning_rec.recommend.rerank import Quota, diversify, matching, select
 from lightning_rec.recommend.store import HistoryStore, MemoryStore
-from lightning_rec.recommend.types import (
-    Answer,
-    Event,
-    Explanation,
-    Recommended,
-    Request,
-    RequestError,
-)
+from lightning_rec.recommend.types import Answer, Event, Explanation, Recommended, Request, RequestError
 
 
 class Recommender:
@@ -213,7 +206,7 @@ class Recommender:
         return self.store.append(user, events)
 
     def history(self, user: str, newest: int = 1000) -> list[Event]:
-        """What is known of a user, oldest first: the artefact's history, then the store's."""
+        """What is known of a user, oldest first: of the artefact and the store, see :class:`InterestReader`."""
         return self.interests.histories([user], newest)[0]
 
     def forget(self, user: str) -> int:
@@ -260,13 +253,18 @@ class Recommender:
         Raises:
             RequestError: naming the option and the remedy.
         """
-        check_request(request, self._state.attributes)
+        self._check(request, self._state)
+
+    def _check(self, request: Request, state: CatalogueState) -> None:
+        request.check()
+        check_request(request, state.attributes)
+        self.interests.check(request, state)
 
     @torch.inference_mode()
     def _answer(self, requests: list[Request], now: int | None) -> list[Answer]:
         state = self._state.at(self._moment(now))  # one catalogue for the whole batch
         for request in requests:
-            check_request(request, state.attributes)
+            self._check(request, state)
         interests = self.interests.read(requests, state)
         answers: list[Answer | None] = [None] * len(requests)
         for path in ("towers", "popularity"):
@@ -376,9 +374,10 @@ class Recommender:
         """``(len,)`` plain scores of items for a request: float32 dot products, or training counts for popularity.
 
         Raises:
-            RequestError: an unknown item.
+            RequestError: an unknown item, or a request that does not fit.
         """
         state = self._state
+        self._check(request, state)
         rows = torch.tensor([state.row(id_) for id_ in item_ids], dtype=torch.int64)
         return self._scores(self.interests.read([request], state)[0], state, rows).float()
 

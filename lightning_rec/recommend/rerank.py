@@ -3,22 +3,95 @@
 from __future__ import annotations
 
 import difflib
+import threading
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_rec.data.table import plain_text
 from lightning_rec.recommend.types import RequestError
 
 
 def values_of(value: Any) -> list[str]:
-    """The values of an attribute as strings: a list of them, one, or none."""
+    """The values of an attribute as strings: a list of them, one, or none.
+
+    True and ``1.0`` are ``true`` and ``1``, as the readers of tables and the service write them, so that a value in a
+    request is compared with that of an item in one spelling.
+    """
     if value is None or value == "":
         return []
-    return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [text for part in parts if (text := plain_text(part)) is not None]
+
+
+class RowsByValue:
+    """The rows of the items that have a value in one field.
+
+    Args:
+        column: one value a row.
+    """
+
+    def __init__(self, column: Sequence[Any]) -> None:
+        places: dict[str, int] = {}
+        found, rows = array("q"), array("q")
+        for row, value in enumerate(column):
+            for part in values_of(value):
+                found.append(places.setdefault(part, len(places)))
+                rows.append(row)
+        which = np.array(found, dtype=np.int64)
+        self._places = places
+        # rows come in order, and a stable sort keeps it within each value
+        self._rows: NDArray[np.int64] = np.array(rows, dtype=np.int64)[np.argsort(which, kind="stable")]
+        self._starts = np.concatenate([[0], np.bincount(which, minlength=len(places)).cumsum()])
+
+    def __getitem__(self, value: str) -> NDArray[np.int64]:
+        """The rows, ascending; none for a value that no item has."""
+        place = self._places.get(value)
+        return self._rows[:0] if place is None else self._rows[self._starts[place] : self._starts[place + 1]]
+
+
+class Fields(Mapping[str, Sequence[Any]]):
+    """The attributes of one catalogue, and for each field that was asked about the rows of its values.
+
+    It is never changed: a catalogue with other attributes has another one.
+
+    Args:
+        columns: one value a row for each field.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self._columns = columns
+        self._by_value: dict[str, RowsByValue] = {}
+        self._making = threading.Lock()
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def by_value(self, name: str) -> RowsByValue:
+        """The rows of each value of a field, made when the field is first asked about."""
+        found = self._by_value.get(name)
+        if found is None:
+            with self._making:  # once, though several threads come here at the same time
+                found = self._by_value.get(name)
+                if found is None:
+                    found = self._by_value[name] = RowsByValue(self._columns[name])
+        return found
 
 
 def check_fields(asked: Mapping[str, Any], attributes: Mapping[str, Sequence[Any]], option: str) -> None:
@@ -38,12 +111,22 @@ def check_fields(asked: Mapping[str, Any], attributes: Mapping[str, Sequence[Any
 
 
 def matching(where: Mapping[str, Any], attributes: Mapping[str, Sequence[Any]], n_rows: int) -> Tensor:
-    """``(n_rows,)`` True where an item has, for every field, one of the allowed values."""
-    allowed = torch.ones(n_rows, dtype=torch.bool)
+    """``(n_rows,)`` True where an item has, for every field, one of the allowed values.
+
+    Args:
+        where: for each field a value, or a list of allowed ones.
+        attributes: one value a row for each field; :class:`Fields` remember which rows have a value.
+        n_rows: number of rows.
+    """
+    fields = attributes if isinstance(attributes, Fields) else Fields(attributes)
+    allowed = np.ones(n_rows, dtype=bool)
     for name, wanted in where.items():
-        values = set(values_of(wanted))
-        allowed &= torch.tensor([not values.isdisjoint(values_of(value)) for value in attributes[name]])
-    return allowed
+        by_value = fields.by_value(name)
+        one = np.zeros(n_rows, dtype=bool)
+        for value in values_of(wanted):
+            one[by_value[value]] = True
+        allowed &= one
+    return torch.from_numpy(allowed)
 
 
 class Quota:

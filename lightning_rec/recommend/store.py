@@ -44,6 +44,10 @@ class HistoryStore(ABC):
     def export(self, user: str) -> list[Event]:
         """All that is kept of a user, oldest first."""
 
+    def items(self, user: str) -> set[str]:
+        """Raw ids of all items that a user's events name; a store that can tell without all events overrides it."""
+        return {event.item for event in self.export(user)}
+
     @abstractmethod
     def users(self, limit: int) -> list[str]:
         """Up to ``limit`` users with at least one event."""
@@ -98,6 +102,11 @@ class MemoryStore(HistoryStore):
         """See :class:`HistoryStore`."""
         with self._lock:
             return list(self._events.get(user, []))
+
+    def items(self, user: str) -> set[str]:
+        """See :class:`HistoryStore`."""
+        with self._lock:
+            return {event.item for event in self._events.get(user, [])}
 
     def users(self, limit: int) -> list[str]:
         """See :class:`HistoryStore`."""

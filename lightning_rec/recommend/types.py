@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
+from numbers import Integral, Real
 from typing import Any, Literal
 
 AnswerPath = Literal["towers", "text", "popularity"]
@@ -46,7 +48,8 @@ class Request:
         diversity: 0 ranks by score alone, 1 by difference alone (maximal marginal relevance).
         explore: ``ucb`` adds an upper confidence bound, ``thompson`` a random draw, over the last layer.
         exploration: how strongly; 0 is no exploration.
-        half_life: seconds after which an event counts half; None: all events count as the user tower has it.
+        half_life: seconds after which an event counts half; None: all events count as the user tower has it. Refused
+            where the user tower has one vector for a whole history.
         seed: of a Thompson draw; None: a new draw each time.
     """
 
@@ -65,6 +68,26 @@ class Request:
     exploration: float = 1.0
     half_life: float | None = None
     seed: int | None = None
+
+    def check(self) -> None:
+        """Refuses values of the wrong kind, whatever the recommender.
+
+        Raises:
+            RequestError: naming the option and the remedy.
+        """
+        for name in ("history", "candidates", "exclude"):
+            if isinstance(getattr(self, name), str | bytes):
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, which is no list.", f"bad_{name}", "Give a list of item ids."
+                )
+        k: Any = self.k
+        if not isinstance(k, Integral):
+            raise RequestError(f"k is {k!r}.", "bad_k", "It is a whole number of items.")
+        strength: Any = self.exploration
+        if not (isinstance(strength, Real) and 0 <= float(strength) < inf):
+            raise RequestError(
+                f"exploration is {strength!r}.", "bad_exploration", "It is a finite number of at least 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -102,13 +125,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reason:
-    """How much one item of the history moved a score.
+    """How much one item of the history moved a score, with all of its events.
 
     Attributes:
         id: raw id of the item of the history.
         text: its title.
-        effect: the score with the whole history minus the score without this item: exact, may be negative.
-        place: its place in the history, 0 is the oldest that the user tower read.
+        effect: the score with the whole history minus the score without any event of this item: exact, may be negative.
+        place: the place of its newest event in the history, 0 is the oldest event that the user tower read.
     """
 
     id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from lightning_rec.recommend.types import RequestError, Word
 
 _WORD = re.compile(r"\S+")
 _STEPS = 32
+_CHUNK = 16  # texts that are encoded while others wait for the language model
+_BREATH = 0.001  # seconds in which those who wait get it
 
 
 def weigh_words(
@@ -25,7 +28,8 @@ def weigh_words(
         artefact: the towers.
         text: what the item tower reads of the item.
         interest: ``(d,)`` interest vector, ready for the product.
-        method: ``occlusion``: the score of the text minus that of the text without the word, exact; ``gradients``:
+        method: ``occlusion``: the score of the text minus that of the text without the word, exact, for each word that
+            lies within what the tower reads of the text (its ``max_tokens``), and 0 for those beyond; ``gradients``:
             integrated gradients from a text of padding (Sundararajan, Taly and Yan, ICML 2017), which add up to the
             difference of the two scores.
 
@@ -52,9 +56,42 @@ def weigh_words(
 
 
 def _occlusion(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], interest: Tensor) -> list[float]:
-    shortened = [f"{text[:start]}{text[end:].lstrip()}" for start, end in spans]
-    scores = artefact.ready(artefact.encode_texts([text, *shortened])) @ interest
-    return [float(effect) for effect in scores[0] - scores[1:]]
+    read = spans[: _words_read(artefact, text, spans)]
+    texts = [text, *(f"{text[:start]}{text[end:].lstrip()}" for start, end in read)]
+    scores = []
+    for place in range(0, len(texts), _CHUNK):
+        if place:
+            # a lock that is taken again at once would leave those who wait for it waiting
+            time.sleep(_BREATH)
+        scores.append(artefact.ready(artefact.encode_texts(texts[place : place + _CHUNK])) @ interest)
+    joined = torch.cat(scores)
+    return [*(joined[0] - joined[1:]).tolist(), *[0.0] * (len(spans) - len(read))]
+
+
+def _words_read(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]]) -> int:
+    """How many words, from the first, it takes until more of them change nothing of what the tower reads."""
+    tower: Any = artefact.item_tower
+    # a bias tower has its encoder in the content tower, a news tower in what reads its texts
+    towers = (tower, getattr(tower, "content", None))
+    holders = (*towers, *(getattr(part, "text", None) for part in towers))
+    encoder: Any = next((holder.encoder for holder in holders if hasattr(holder, "encoder")), None)
+    if encoder is None:
+        return len(spans)
+
+    def tokens(part: str) -> list[int]:
+        with artefact.lock:
+            found: list[int] = encoder.tokenise([part]).tokens.tolist()
+        return found
+
+    whole = tokens(text)
+    most = 1
+    while most < len(spans) and tokens(text[: spans[most - 1][1]]) != whole:
+        most *= 2
+    low, high = most // 2, min(most, len(spans))
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tokens(text[: spans[middle - 1][1]]) == whole else (middle, high)
+    return high
 
 
 def gradients(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], interest: Tensor) -> list[float]:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from lightning_rec.recommend.artefact import ArtefactError
 from lightning_rec.recommend.recommender import Recommender
 from lightning_rec.recommend.types import Answer, Request, RequestError
-from lightning_rec.serve.errors import ServiceError, replaced
+from lightning_rec.serve.errors import STORE_UNAVAILABLE, ServiceError, replaced, store_away
 from lightning_rec.serve.logs import LOG
+
+#: Seconds of a batch that may be lost in waiting for a store that fails; the rest of the batch is not kept from others.
+_PATIENCE = 1.0
 
 Outcome = Answer | RequestError
 
@@ -145,6 +148,7 @@ def answer_all(recommender: Recommender, requests: Sequence[Request]) -> list[Ou
         recommender: what answers; one call of it for all requests that are good.
         requests: in order.
     """
+    failures = recommender.store.failures
     outcomes: list[Outcome | None] = [None] * len(requests)
     good = []
     for place, request in enumerate(requests):
@@ -153,19 +157,32 @@ def answer_all(recommender: Recommender, requests: Sequence[Request]) -> list[Ou
             good.append(place)
         except RequestError as error:
             outcomes[place] = error
+        except failures:  # a check may have to look at a history
+            LOG.error("The store of histories failed.")
+            outcomes[place] = store_away()
+    told: tuple[type[Exception], ...] = (RequestError, ArtefactError, *failures)
     try:
         found = recommender.recommend([requests[place] for place in good]) if good else []
-    except (RequestError, ArtefactError):
-        # what only shows on the way, such as words where no tower reads text
+    except told as error:
+        if isinstance(error, failures):
+            LOG.exception("The store of histories failed; the requests are answered one by one.")
+        # what only shows on the way, such as words where no tower reads text, or a store that is away
+        waited = 0.0  # for a store that then failed
         for place in good:
-            outcomes[place] = _answer_one(recommender, requests[place])
+            request, started = requests[place], time.monotonic()
+            if waited > _PATIENCE and request.user and request.history is None:
+                outcomes[place] = store_away()
+                continue
+            outcome = outcomes[place] = _answer_one(recommender, request, failures)
+            if isinstance(outcome, RequestError) and outcome.code == STORE_UNAVAILABLE:
+                waited += time.monotonic() - started
     else:
         for place, answer in zip(good, found, strict=True):
             outcomes[place] = answer
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _answer_one(recommender: Recommender, request: Request) -> Outcome:
+def _answer_one(recommender: Recommender, request: Request, failures: tuple[type[Exception], ...]) -> Outcome:
     try:
         return recommender.recommend(request)
     except RequestError as error:
@@ -173,6 +190,9 @@ def _answer_one(recommender: Recommender, request: Request) -> Outcome:
     except ArtefactError as error:
         LOG.warning(str(error))
         return replaced()
+    except failures:
+        LOG.error("The store of histories failed.")
+        return store_away()
 
 
 def _deliver(results: Sequence[tuple[_Group, tuple[str, list[Outcome]] | BaseException]]) -> None:

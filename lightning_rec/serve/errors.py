@@ -10,12 +10,15 @@ from starlette.responses import Response
 
 from lightning_rec.recommend.types import RequestError
 
+STORE_UNAVAILABLE = "store_unavailable"
 _STATUS = {
     "unknown_item": 404,
     "unknown_user": 404,
     "item_exists": 409,
     "artefact_replaced": 503,
+    STORE_UNAVAILABLE: 503,
 }
+_AGAIN = {"Retry-After": "1"}
 _BY_STATUS = {
     404: ("not_found", "There is nothing at this address.", "See /openapi.json for what there is."),
     405: ("method_not_allowed", "This address does not take this method.", "See /openapi.json for what it takes."),
@@ -69,20 +72,25 @@ def replaced() -> RequestError:
     )
 
 
-def store_unavailable() -> ServiceError:
-    """What is told when the store of histories is away, full or locked."""
-    return ServiceError(
-        503,
-        "store_unavailable",
+def store_away() -> RequestError:
+    """What one of several requests is told when the store of histories is away, full or locked."""
+    return RequestError(
         "The store of histories does not answer.",
+        STORE_UNAVAILABLE,
         "Come again in 1 s; the operator finds the cause in the log.",
-        {"Retry-After": "1"},
     )
+
+
+def store_unavailable() -> ServiceError:
+    """The same for a whole call."""
+    body = told(store_away())
+    return ServiceError(503, body["code"], body["message"], body["remedy"], _AGAIN)
 
 
 def of_request(error: RequestError) -> Response:
     """The response to a refused request."""
-    return as_json(told(error), _STATUS.get(error.code, 400))
+    headers = _AGAIN if error.code == STORE_UNAVAILABLE else None
+    return as_json(told(error), _STATUS.get(error.code, 400), headers)
 
 
 def of_service(error: ServiceError) -> Response:

@@ -12,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
 from lightning_rec.recommend.recommender import Recommender
+from lightning_rec.recommend.stored_users import StoredUsers
 from lightning_rec.recommend.types import Answer, Request
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -46,26 +47,33 @@ class Reference:
 
     @classmethod
     def of(cls, recommender: Recommender) -> Reference:
-        """The top scores of users of the artefact; where it has none, of histories of one item each."""
-        users = recommender.artefact.users
+        """The top scores of users of the artefact; where it has none, of histories of one item each.
+
+        Users are asked for as the service asks for them, by id and with times, but by what the artefact knows of them
+        alone: the store may be away, and what happened since is what the drift is to tell.
+        """
         state = recommender.state
-        requests = (
-            []
-            if users is None
-            else [
-                Request(
-                    history=[event.item for event in users.history(user, recommender.artefact.manifest.max_history)],
-                    k=1,
-                )
-                for user in users.sample(_SAMPLE)
-            ]
-        )
+        users, filter_seen = recommender.artefact.users, recommender.artefact.manifest.filter_seen
+        requests = [] if users is None else [_fitted(users, user, filter_seen) for user in users.sample(_SAMPLE)]
         if not requests:
             rows = state.alive.nonzero()[:, 0]
             step = max(1, len(rows) // _SAMPLE)
             requests = [Request(history=[state.ids[row]], k=1) for row in rows[::step][:_SAMPLE].tolist()]
         answers = recommender.recommend(requests)
         return cls.of_scores([answer.items[0].score for answer in answers if answer.path == "towers" and answer.items])
+
+
+def _fitted(users: StoredUsers, user: str, filter_seen: bool) -> Request:
+    """The request of a user of whom the store knows nothing."""
+    events = users.history(user, 10**9)
+    return Request(
+        user=user,
+        history=[event.item for event in events],
+        times=None if users.times is None else [event.time or 0 for event in events],
+        # what was touched without being liked counts as seen, which a request with a history of its own cannot know
+        exclude=users.touched(user) if filter_seen else (),
+        k=1,
+    )
 
 
 class Window:

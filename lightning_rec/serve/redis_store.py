@@ -62,8 +62,10 @@ class RedisStore(HistoryStore):
         client.ping()
 
     def _keys(self, user: str) -> list[str]:
-        # the braces keep the keys of one user on one node of a cluster
-        own = f"{self.prefix}:{{{user}}}"
+        # What stands between the first { and the next } chooses the node of a cluster: the braces keep the keys of one
+        # user together, unless nothing stands between them. The second colon keeps such keys apart from all others.
+        nothing = not user or user.startswith("}")
+        own = f"{self.prefix}::{{%{user}}}" if nothing else f"{self.prefix}:{{{user}}}"
         return [f"{own}:events", f"{own}:ids", f"{own}:count"]
 
     @property
@@ -115,6 +117,10 @@ class RedisStore(HistoryStore):
     def export(self, user: str) -> list[Event]:
         """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
         return self._events(self._client.zrange(self._keys(user)[0], 0, -1, withscores=True))
+
+    def items(self, user: str) -> set[str]:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
+        return {json.loads(member[_NUMBER:])[0] for member in self._client.zrange(self._keys(user)[0], 0, -1)}
 
     def users(self, limit: int) -> list[str]:
         """See :class:`~lightning_rec.recommend.store.HistoryStore`."""

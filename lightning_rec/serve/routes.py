@@ -119,8 +119,7 @@ def _add_answers(api: FastAPI, service: Service) -> None:
         said["requests"] = len(requests)
         if not many:
             said |= {name: value for name in ("user", "text") if (value := getattr(asked[0], name))}
-        words = any(request.text for request in requests)
-        name, outcomes = await service.batcher(words).recommend(requests)
+        name, outcomes = await service.batcher(requests).recommend(requests)
         answers: list[dict[str, Any]] = []
         for request, outcome in zip(requests, outcomes, strict=True):
             if isinstance(outcome, types.RequestError):
@@ -168,6 +167,13 @@ def _bounded(name: str, value: int, most: int) -> None:
         )
 
 
+_LASTS = (
+    "The change lives in the memory of the one process that answers this call, until it restarts or loads an artefact: "
+    "other replicas do not learn of it, so tell each of them. To keep a change, fit and export again with it in the "
+    "data, and reload."
+)
+
+
 def _add_items(api: FastAPI, service: Service) -> None:
     async def change(call: Call, work: Callable[[Recommender], int], items: int) -> Response:
         recommender = service.served.recommender  # looked at once: another may take over in between
@@ -182,27 +188,37 @@ def _add_items(api: FastAPI, service: Service) -> None:
         call.state.said["item"] = item_id
         return as_json(service.served.recommender.item(item_id))
 
-    @api.post("/v1/items", tags=["items"], **_V1)
+    @api.post("/v1/items", tags=["items"], description="Adds items, which can be recommended at once. " + _LASTS, **_V1)
     @needs("admin")
     async def add_items(call: Call, body: schemas.Items) -> Response:
-        """Adds items, which can be recommended at once; they last until another artefact is loaded."""
+        """Adds items, which can be recommended at once."""
         rows = [item.to_row() for item in body.items]
         return await change(call, lambda recommender: recommender.add_items(rows), len(rows))
 
-    @api.put("/v1/items", tags=["items"], **_V1)
+    @api.put(
+        "/v1/items",
+        tags=["items"],
+        description="Changes fields of items; those that are not named stay. " + _LASTS,
+        **_V1,
+    )
     @needs("admin")
     async def update_items(call: Call, body: schemas.Items) -> Response:
         """Changes fields of items; those that are not named stay."""
         rows = [item.to_row() for item in body.items]
         return await change(call, lambda recommender: recommender.update_items(rows), len(rows))
 
-    @api.delete("/v1/items", tags=["items"], **_V1)
+    @api.delete("/v1/items", tags=["items"], description="Takes items out of all later answers. " + _LASTS, **_V1)
     @needs("admin")
     async def remove_items(call: Call, body: schemas.ItemIds) -> Response:
         """Takes items out of all later answers."""
         return await change(call, lambda recommender: recommender.remove_items(body.ids), len(body.ids))
 
-    @api.delete("/v1/items/{item_id:path}", tags=["items"], **_V1)
+    @api.delete(
+        "/v1/items/{item_id:path}",
+        tags=["items"],
+        description="Takes one item out of all later answers. " + _LASTS,
+        **_V1,
+    )
     @needs("admin")
     async def remove_item(call: Call, item_id: _ItemId) -> Response:
         """Takes one item out of all later answers."""
@@ -262,12 +278,14 @@ def _add_operation(api: FastAPI, service: Service) -> None:
         new = await anyio.to_thread.run_sync(service.reload)
         return as_json({"artefact": new.name, "items": new.recommender.n_items})
 
+    @api.head("/healthz", include_in_schema=False)
     @api.get("/healthz", tags=["operation"])
     @needs(None)
     async def healthz(call: Call) -> Response:
         """The process lives."""
         return as_json({"alive": True, "seconds": int(time.time() - started)})
 
+    @api.head("/readyz", include_in_schema=False)
     @api.get("/readyz", tags=["operation"], responses={503: _FAILURES[503]})
     @needs(None)
     async def readyz(call: Call) -> Response:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from lightning_rec.data.table import plain_text
 from lightning_rec.recommend import types
 
 MAX_ID = 512
@@ -169,9 +169,10 @@ class ItemIds(_Strict):
 
 
 def _as_text(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    return [_as_text(part) for part in value] if isinstance(value, list) else json.dumps(value)
+    # by the rules of the readers, as a value of ``where`` is read too; a string stays as it is
+    if isinstance(value, list):
+        return [_as_text(part) for part in value]
+    return value if isinstance(value, str) else plain_text(value)
 
 
 class Failure(BaseModel):

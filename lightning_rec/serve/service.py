@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anyio
 
+from lightning_rec.recommend.checks import is_plain
 from lightning_rec.recommend.index import Index
 from lightning_rec.recommend.recommender import Recommender
+from lightning_rec.recommend.types import Request
 from lightning_rec.serve.batching import Batcher
 from lightning_rec.serve.errors import ServiceError
 from lightning_rec.serve.logs import LOG, Mask
@@ -61,6 +63,7 @@ class Service:
             )
 
         self._quick = batcher("recommend")
+        self._chosen = batcher("recommend-chosen")
         self._words = batcher("recommend-text")
         #: Explanations and new items keep a language model busy: few at once, so that other calls find a free core.
         self.heavy = anyio.CapacityLimiter(2)
@@ -72,9 +75,15 @@ class Service:
         """What serves at the moment."""
         return self.holder.served
 
-    def batcher(self, words: bool) -> Batcher:
-        """The batcher for requests with or without words: reading words takes longer, and must hold up nobody else."""
-        return self._words if words else self._quick
+    def batcher(self, requests: Sequence[Request]) -> Batcher:
+        """The batcher for the requests of one call.
+
+        Reading words takes longest, and filters, quotas, diversity and exploration longer than the best scores: each
+        kind has its own batcher, and holds up none of a quicker kind.
+        """
+        if any(request.text for request in requests):
+            return self._words
+        return self._quick if all(map(is_plain, requests)) else self._chosen
 
     def reload(self) -> Served:
         """Lets the artefact that now lies in the folder take over; see :meth:`Holder.reload`."""
@@ -113,7 +122,7 @@ class Service:
 
     def close(self) -> None:
         """Answers what waits and lets go of the store."""
-        self._quick.close()
-        self._words.close()
+        for batcher in (self._quick, self._chosen, self._words):
+            batcher.close()
         if self._close_store:
             self.holder.store.close()

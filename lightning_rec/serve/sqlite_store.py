@@ -192,6 +192,11 @@ class SQLiteStore(HistoryStore):
             ).fetchall()
         return [Event(*row) for row in found]
 
+    def items(self, user: str) -> set[str]:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
+        with self._reader() as reader:
+            return {row[0] for row in reader.execute("SELECT DISTINCT item FROM events WHERE user = ?", (user,))}
+
     def users(self, limit: int) -> list[str]:
         """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
         with self._reader() as reader:

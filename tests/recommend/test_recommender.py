@@ -181,8 +181,10 @@ def test_half_life(artefact_of: Artefacts) -> None:
     recommender = Recommender.load(artefact_of("id_sequence"))
     ids = recommender.artefact.ids[1:]
     request = Request(history=ids[:3], times=[0, 100, 200], k=5)
-    newest_only = recommender.recommend(replace(request, half_life=1e-3))
-    assert [item.id for item in newest_only.items] == [item.id for item in recommender.recommend(request).items]
+    for shortest in (1e-3, 1e-60, 5e-324):
+        newest_only = recommender.recommend(replace(request, half_life=shortest))
+        assert newest_only.path == "towers"
+        assert newest_only.items == recommender.recommend(request).items
     state = recommender.state
     steps = recommender.interests.read([replace(request, half_life=100.0)], state)[0].vector
     users = UserBatch(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.tensor([0]))
@@ -191,6 +193,50 @@ def test_half_life(artefact_of: Artefacts) -> None:
     weights = torch.tensor([0.25, 0.5, 1.0])
     wanted = (weights / weights.sum()) @ each
     torch.testing.assert_close(steps, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["language_user", "popularity", "matrix_factorisation", "rating_bias"])
+def test_a_tower_with_one_vector_a_user_refuses_a_half_life(artefact_of: Artefacts, config: str) -> None:
+    recommender = Recommender.load(artefact_of(config))
+    ids = recommender.artefact.ids[1:]
+    request = Request(history=ids[:3], times=[0, 100, 200])
+    recommender.check(request)
+    for asked in (replace(request, half_life=50.0), Request(user=recommender.users(1)[0], half_life=50.0)):
+        for call in (recommender.check, recommender.recommend, lambda asked: recommender.score(asked, ids[:1])):
+            with pytest.raises(
+                RequestError, match=r"one interest vector for a whole history.*Leave half_life out"
+            ) as caught:
+                call(asked)
+            assert caught.value.code == "no_half_life"
+
+
+def test_check_knows_of_words_that_no_tower_reads(artefact_of: Artefacts) -> None:
+    recommender = Recommender.load(artefact_of("id_sequence"))
+    ids = recommender.artefact.ids[1:]
+    recommender.update("stored", [Event(ids[0], time=1)])
+    fitted = recommender.users(5)[-1]
+    requests = [
+        Request(history=ids[:1]),
+        Request(text="lamp"),
+        Request(user="nobody", text="lamp"),
+        Request(user="stored", text="lamp"),
+        Request(user=fitted, text="lamp"),
+        Request(history=["unknown"], text="lamp"),
+        Request(history=["unknown", ids[2]], text="lamp"),
+        Request(text=""),
+    ]
+    refused = {1, 2, 5}
+    for place in refused:
+        for call in (recommender.check, recommender.recommend):
+            with pytest.raises(RequestError, match=r"reads no text") as caught:
+                call(requests[place])
+            assert caught.value.code == "no_text_tower"
+    good = [request for place, request in enumerate(requests) if place not in refused]
+    for request in good:
+        recommender.check(request)
+    assert len(recommender.recommend(good)) == len(good), "what check lets pass is answered"
+    with_words = recommender.explain(Request(history=ids[:1], text="lamp"), ids[3])
+    assert [reason.effect for reason in with_words.reasons] == [pytest.approx(with_words.score)]
 
 
 def test_new_changed_and_removed_items(shop: Recommender) -> None:
@@ -276,7 +322,14 @@ def test_readers_never_see_a_mixture(shop: Recommender) -> None:
     [
         (Request(k=0), "bad_k"),
         (Request(diversity=2), "bad_diversity"),
+        (Request(k=2.5), "bad_k"),
+        (Request(k="5"), "bad_k"),
         (Request(exploration=-1), "bad_exploration"),
+        (Request(explore="ucb", exploration=float("nan")), "bad_exploration"),
+        (Request(explore="thompson", exploration=float("inf")), "bad_exploration"),
+        (Request(history="t01"), "bad_history"),
+        (Request(candidates="t01"), "bad_candidates"),
+        (Request(exclude="t01"), "bad_exclude"),
         (Request(history=["a"], times=[1, 2]), "bad_times"),
         (Request(history=["a"], half_life=3.0), "no_times"),
         (Request(half_life=0.0), "bad_half_life"),

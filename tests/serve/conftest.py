@@ -37,6 +37,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> Path:
 
 
 @pytest.fixture
+def artefact_of(tmp_path: Path, tiny_bert: str) -> Callable[[str], Path]:
+    """Makes an artefact of another config of tests/configs: ``artefact_of("matrix_factorisation")``."""
+    return lambda name: fitted_artefact(tmp_path, name, tiny_bert)
+
+
+@pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy of it, which the test may change."""
     return Path(shutil.copytree(made, tmp_path / "artefact"))

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from lightning_rec.recommend import Answer, Recommended, Request, RequestError
+from lightning_rec.recommend import Answer, MemoryStore, Recommended, Request, RequestError
 from lightning_rec.serve.batching import Batcher
 from lightning_rec.serve.errors import ServiceError
 
@@ -16,6 +16,7 @@ class Slow:
     """A recommender that waits for leave; it echoes the user and the number of its call."""
 
     def __init__(self, free=True):
+        self.store = MemoryStore()
         self.leave = threading.Event()
         self.sizes = []
         if free:

@@ -9,7 +9,7 @@ import yaml
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from lightning_rec.recommend import Answer, Recommended
+from lightning_rec.recommend import Answer, MemoryStore, Recommended, Recommender, Request
 from lightning_rec.serve.metrics import LEAST, Reference, Window, drift
 
 ALERTS = Path(__file__).parents[2] / "configs" / "serve" / "alerts.yaml"
@@ -86,9 +86,40 @@ def test_the_same_users_do_not_drift_and_others_do(serve, ask):
     assert values(ask(app, ("GET", "/metrics")).text)["lightning_rec_score_drift_answers"] == 0
 
 
-def test_an_artefact_without_users_is_measured_by_its_items(made):
-    from lightning_rec.recommend import Recommender
+@pytest.mark.parametrize("config", ["language_user", "matrix_factorisation", "global_time"])
+def test_users_that_are_known_by_more_than_their_items_do_not_drift(serve, ask, artefact_of, config):
+    """By a text or a vector of their own, or by the times of their history."""
+    app = serve(artefact_of(config))
+    recommender = app.service.served.recommender
+    users = recommender.users(100)
+    answers = recommender.recommend([Request(user=user, k=1) for user in users])
+    tops = [answer.items[0].score for answer in answers]
+    assert {answer.path for answer in answers} == {"towers"}
+    assert app.service.metrics.reference == Reference.of_scores(tops)
+    body = {"requests": [{"user": user} for user in users] * 4}
+    ask(app, ("POST", "/v1/recommend", body))
+    found = values(ask(app, ("GET", "/metrics")).text)
+    assert found["lightning_rec_score_drift_answers"] == 4 * len(users) >= LEAST
+    assert found["lightning_rec_score_drift_psi"] < 0.05
+    assert found["lightning_rec_score_drift_ks"] < 0.05
+    body = {"requests": [{"user": users[0]}] * 256}
+    ask(app, ("POST", "/v1/recommend", body), ("POST", "/v1/recommend", body))
+    assert values(ask(app, ("GET", "/metrics")).text)["lightning_rec_score_drift_psi"] > 0.25
 
+
+def test_the_reference_is_of_the_artefact_whatever_the_store_says(made):
+    class Away(MemoryStore):
+        def read(self, user, newest):
+            raise OSError("gone")
+
+    recommender = Recommender.load(made, store=Away())
+    wanted = Recommender.load(made)
+    users = wanted.users(1000)
+    answers = wanted.recommend([Request(user=user, k=1) for user in users])
+    assert Reference.of(recommender) == Reference.of_scores([answer.items[0].score for answer in answers])
+
+
+def test_an_artefact_without_users_is_measured_by_its_items(made):
     recommender = Recommender.load(made)
     recommender.artefact.users = None
     reference = Reference.of(recommender)

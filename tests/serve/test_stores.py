@@ -98,7 +98,7 @@ def test_without_a_time_it_happened_now(store: HistoryStore) -> None:
     assert before <= moment <= time.time()
 
 
-@pytest.mark.parametrize("user", ["", "a b", "{x}", "ü/../é", "'; DROP TABLE events; --", "x" * 500])
+@pytest.mark.parametrize("user", ["", "a b", "{x}", "ü/../é", "'; DROP TABLE events; --", "x" * 500, "}", "}a"])
 def test_any_id_will_do(store: HistoryStore, user: str) -> None:
     item = '"\\ \u2028 😀 ' + user
     store.append(user, [Event(item, 1, user or "id")])
@@ -211,3 +211,27 @@ def test_redis_is_shared_by_replicas(redis_url: str) -> None:
     assert two.read("shared", 5) == [Event("a", 1, "x")]
     one.close()
     two.close()
+
+
+class _Quiet:
+    """What a store needs of a client before it is asked anything."""
+
+    def register_script(self, script: str) -> None:
+        return None
+
+    def ping(self) -> bool:
+        return True
+
+
+def test_the_keys_of_a_user_lie_on_one_node_of_a_cluster() -> None:
+    crc = pytest.importorskip("redis.crc", reason="the extra redis is not installed")
+    from lightning_rec.serve.redis_store import RedisStore
+
+    store = RedisStore(client=_Quiet(), prefix="shop")
+    users = ["", "}", "}a", "}{a}", "%}", "%}a", "a", "{", "{a}", "{}", "a}b", "ü", "::{%}a", "%"]
+    keys = [store._keys(user) for user in users]
+    for user, own in zip(users, keys, strict=True):
+        assert len({crc.key_slot(key.encode()) for key in own}) == 1, user
+    assert len({key for own in keys for key in own}) == 3 * len(users), "no two users share a key"
+    assert store._keys("a{b}")[0] == "shop:{a{b}}:events", "what older versions wrote is still found"
+    assert len({crc.key_slot(store._keys(f"user{n}")[0].encode()) for n in range(50)}) > 40
