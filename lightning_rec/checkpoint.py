@@ -13,7 +13,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_rec.data.batch import CatalogueView
@@ -88,6 +87,8 @@ def pending_gradients(module: TowerModule) -> dict[str, torch.Tensor]:
     if trainer is None or not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
     if module.world_size > 1:
+        from lightning.pytorch.utilities import rank_zero_warn  # most readers of checkpoints do without Lightning
+
         rank_zero_warn(
             "This checkpoint was made between two steps of the optimizer (trainer.accumulate_grad_batches). What the "
             "devices have accumulated is not in it; to resume exactly, save at a multiple of accumulate_grad_batches."

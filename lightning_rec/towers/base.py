@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -81,8 +82,13 @@ def parameter_summary(module: nn.Module) -> dict[str, int]:
     parameters = list(module.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     # a TextEncoder says how large the model is that it keeps out of its parameters
-    frozen = sum(getattr(part, "frozen_parameters", 0) for part in module.modules())
-    return {"trainable": trainable, "total": sum(parameter.numel() for parameter in parameters) + frozen}
+    encoders: list[Any] = [part for part in module.modules() if hasattr(part, "frozen_parameters")]
+    sizes = {encoder.folder: encoder.frozen_parameters for encoder in encoders if encoder.frozen_parameters}
+    for encoder in encoders:
+        if not encoder.frozen_parameters:  # it has the same model among its own parameters
+            sizes.pop(encoder.folder, None)
+    total = sum(parameter.numel() for parameter in parameters)
+    return {"trainable": trainable, "total": total + sum(sizes.values())}
 
 
 class ItemTower(Tower):
