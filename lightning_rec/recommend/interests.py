@@ -130,16 +130,17 @@ class InterestReader:
             for user, events in zip(users, stored, strict=True)
         ]
 
-    def _seen(self, user: str, events: Sequence[Event], older: bool, state: CatalogueState) -> list[int]:
-        """Rows of all that a user did: ``events``, all fitted and stored ones, and what was merely touched."""
-        ids = {event.item for event in events}
+    def _seen_before(self, user: str, events: Sequence[Event], older: bool, state: CatalogueState) -> list[int]:
+        """Rows of what a user did before the newest events, and of what was merely touched."""
+        ids = {event.item for event in events[: -self.newest]}
         if older:
             ids |= self.store.items(user)
         users = self.artefact.users
-        row = 0 if users is None else users.row(user)
-        if users is not None and row:
-            fitted = users.rows[users.indptr[row - 1] : users.indptr[row]].tolist()
-            ids.update([self.artefact.ids[item] for item in set(fitted)], users.touched(user))
+        if users is not None:
+            if len(events) >= self.newest and (row := users.row(user)):  # else all fitted ones are among the events
+                fitted = users.rows[users.indptr[row - 1] : users.indptr[row]].tolist()
+                ids.update(self.artefact.ids[item] for item in set(fitted))
+            ids.update(users.touched(user))
         return [state.rows[id_] for id_ in ids if id_ in state.rows]
 
     def read(self, requests: Sequence[Request], state: CatalogueState) -> list[Interest]:
@@ -166,7 +167,7 @@ class InterestReader:
             unknown = [id_ for id_, row in zip(ids, rows, strict=True) if not row]
             seen = [row for row in rows if row]
             if whole is not None:
-                seen = self._seen(str(request.user), whole, older, state)
+                seen += self._seen_before(str(request.user), whole, older, state)
             found.append(Interest("towers", None, seen, history, unknown, self._repeat))
             times.append(stamped)
         self._encode(requests, found, times, state)
