@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from lightning_rec.recommend.rerank import check_fields
@@ -38,16 +40,23 @@ def check_request(request: Request, attributes: Mapping[str, Sequence[Any]]) -> 
     Raises:
         RequestError: naming the option and the remedy.
     """
-    if request.k < 1:
-        raise RequestError(f"k is {request.k}.", "bad_k", "Ask for at least one item.")
+    for name in ("history", "candidates", "exclude"):
+        if isinstance(getattr(request, name), str | bytes):
+            raise RequestError(
+                f"{name} is {getattr(request, name)!r}, which is no list.", f"bad_{name}", "Give a list of item ids."
+            )
+    k: Any = request.k
+    if not isinstance(k, Integral) or k < 1:
+        raise RequestError(f"k is {k!r}.", "bad_k", "It is a whole number of at least one item.")
     if not 0 <= request.diversity <= 1:
         raise RequestError(f"diversity is {request.diversity}.", "bad_diversity", "It lies between 0 and 1.")
     if request.explore not in get_args(Explore):
         raise RequestError(
             f"There is no exploration {request.explore!r}.", "bad_explore", f"Choose of {', '.join(get_args(Explore))}."
         )
-    if request.exploration < 0:
-        raise RequestError(f"exploration is {request.exploration}.", "bad_exploration", "It is at least 0.")
+    strength: Any = request.exploration
+    if not (isinstance(strength, Real) and 0 <= float(strength) < inf):
+        raise RequestError(f"exploration is {strength!r}.", "bad_exploration", "It is a finite number of at least 0.")
     if request.half_life is not None and not request.half_life > 0:
         raise RequestError(f"half_life is {request.half_life}.", "bad_half_life", "It is more than 0 seconds.")
     if request.times is not None and len(request.times) != len(request.history or ()):

@@ -256,7 +256,6 @@ class Recommender:
         self._check(request, self._state)
 
     def _check(self, request: Request, state: CatalogueState) -> None:
-        request.check()
         check_request(request, state.attributes)
         self.interests.check(request, state)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
-from numbers import Integral, Real
 from typing import Any, Literal
 
 AnswerPath = Literal["towers", "text", "popularity"]
@@ -68,26 +66,6 @@ class Request:
     exploration: float = 1.0
     half_life: float | None = None
     seed: int | None = None
-
-    def check(self) -> None:
-        """Refuses values of the wrong kind, whatever the recommender.
-
-        Raises:
-            RequestError: naming the option and the remedy.
-        """
-        for name in ("history", "candidates", "exclude"):
-            if isinstance(getattr(self, name), str | bytes):
-                raise RequestError(
-                    f"{name} is {getattr(self, name)!r}, which is no list.", f"bad_{name}", "Give a list of item ids."
-                )
-        k: Any = self.k
-        if not isinstance(k, Integral):
-            raise RequestError(f"k is {k!r}.", "bad_k", "It is a whole number of items.")
-        strength: Any = self.exploration
-        if not (isinstance(strength, Real) and 0 <= float(strength) < inf):
-            raise RequestError(
-                f"exploration is {strength!r}.", "bad_exploration", "It is a finite number of at least 0."
-            )
 
 
 @dataclass(frozen=True)
