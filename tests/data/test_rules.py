@@ -5,8 +5,10 @@ import gzip
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 
 from lightning_rec import TwoTower
+from lightning_rec.callbacks.results import PredictionWriter
 from lightning_rec.data import EcommerceDataModule, RecDataModule
 from lightning_rec.data.collate import BatchIndex
 from lightning_rec.data.readers import Files
@@ -82,6 +84,19 @@ def test_row_0_is_never_returned(ready, filter_seen):
     assert [len(user) for user in rows] == ([0, 2, 3] if filter_seen else [3, 3, 3])
     assert all(len(set(user)) == len(user) for user in rows)
     assert data.catalogue.row("x") not in rows[1] or not filter_seen
+
+
+@pytest.mark.parametrize(("filter_seen", "told"), [(True, ", 1 of whom have touched every item"), (False, "")])
+def test_predict_says_how_many_users_have_no_row(ready, tmp_path, caplog, filter_seen, told):
+    users = ["a", "b", "a"]
+    data = ready("user_id,item_id\na,x\na,y\na,z\nb,x\n", predict_users=users, filter_seen=filter_seen)
+    model = TwoTower(IdItemTower(dim=4), PooledUserTower(pooling="mean"), top_k=3)
+    writer = PredictionWriter(str(tmp_path / "found.jsonl"), "jsonl")
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    with caplog.at_level("INFO"):
+        Trainer(callbacks=[writer], **quiet).predict(model, data)
+    assert f"3 users{told}" in caplog.text
+    assert ("have touched" in caplog.text) == filter_seen
 
 
 # ---------------------------------------------------------------- 2: order
