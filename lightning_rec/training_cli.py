@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning_rec.callbacks import PredictionWriter, ResultWriter, run_folder
 from lightning_rec.callbacks.resumption import PatientStopping, RunCheckpoint
 from lightning_rec.cli_errors import ROOMS, CommandParser
+from lightning_rec.precision import Bf16, has_bf16
 from lightning_rec.pretraining.data import PretrainingData
 from lightning_rec.pretraining.module import PretrainingModule
 from lightning_rec.run_files import resolve_checkpoint
@@ -67,6 +68,12 @@ class RecCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(PatientStopping, "early_stopping")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_argument(
+            "--bf16",
+            type=Bf16,
+            default="off",
+            help="auto: bf16-mixed where the device has bfloat16 instructions, else 32-true; trainer.precision wins.",
+        )
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/ndcg@10",
@@ -94,8 +101,11 @@ class RecCLI(LightningCLI):
         """Leaves the config as it is: what the command line says wins over a checkpoint (see ``main``)."""
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint that ``best`` or ``last`` means, and keeps a resumed run in its folder."""
+        """Finds the checkpoint that ``best`` or ``last`` means, keeps a resumed run in its folder, sets precision."""
         config: Namespace = self.config[self.subcommand]
+        if config.bf16 == "auto" and config.trainer.precision is None:
+            config.trainer["precision"] = "bf16-mixed" if has_bf16(str(config.trainer.accelerator)) else "32-true"
+            config["bf16"] = "off"  # the saved config shows what ran
         wanted = config.get("ckpt_path")
         if wanted is not None:
             path = resolve_checkpoint(str(wanted), config.trainer.default_root_dir)
