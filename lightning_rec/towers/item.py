@@ -83,8 +83,8 @@ class TextItemTower(ItemTower):
         frozen_layers: with ``tune: full`` or an adapter, so many of the lowest layers are left as they are, without
             dropout, and their output for the catalogue is kept on disk: a step runs the layers above only.
         cache_dtype: precision of that output on disk: ``float32``, or ``float16`` in half the room.
-        quantisation: weights of a frozen or adapted language model in 8 or 4 bits (``8bit``, ``4bit``), on a CUDA
-            device with bitsandbytes.
+        quantisation: weights of a frozen or adapted language model in 8 or 4 bits (``8bit``, ``4bit``), by
+            the extra ``quantise``.
         adapter: a folder with an adapter that was trained before, here or elsewhere, in the place of ``peft``, to go
             on with or, with ``tune: frozen``, to use as it is. A ``head.safetensors`` beside it, which an export
             writes, is the first projection.

@@ -78,8 +78,8 @@ class TextEncoder(nn.Module):
             what they make of a catalogue's tokens is kept on disk, so that a step runs only the layers above.
             Of no effect on a model that is frozen whole, which a tuned one is after its export.
         cache_dtype: precision in which hidden states lie on disk: ``float32``, or ``float16`` in half the room.
-        quantisation: weights in 8 or 4 bits (``8bit``, ``4bit``), by bitsandbytes on a CUDA device; ``none``: as they
-            are. For frozen models and adapters.
+        quantisation: weights in 8 or 4 bits (``8bit``, ``4bit``), by bitsandbytes (the extra ``quantise``);
+            ``none``: as they are. For frozen models and adapters.
         adapter: a folder with an adapter that ``save_pretrained`` of peft wrote, here or elsewhere, in the place of
             ``peft``. It is trained on, or, with ``tune: frozen``, merged into the model once.
         shared: another encoder of the same ``language_model``, frozen or with an adapter, whose weights in memory this

@@ -20,8 +20,6 @@ from lightning_rec.towers.quantisation import Quantisation
 from lightning_rec.towers.side import SideItemTower
 
 SHARED = "shared"
-#: A frozen model reads a text once; so many vectors are kept in memory, the most recently used.
-_REMEMBERED = 50_000
 
 
 def settings_of(item_tower: TextItemTower | SideItemTower) -> dict[str, Any]:
@@ -53,10 +51,12 @@ class LanguageUserTower(UserTower):
         frozen_layers: with ``tune: full`` or an adapter, so many of the lowest layers are left as they are, without
             dropout, and no backward pass goes through them. Users' texts change with their histories, so that nothing
             of them is kept on disk.
-        quantisation: weights of a frozen or adapted model of its own in 8 or 4 bits (``8bit``, ``4bit``), on a CUDA
-            device with bitsandbytes.
+        quantisation: weights of a frozen or adapted model of its own in 8 or 4 bits (``8bit``, ``4bit``), by
+            the extra ``quantise``.
         adapter: a folder with an adapter that was trained before, in the place of ``peft``; see
             :class:`TextItemTower`.
+        remembered: a frozen model reads a text once: the vectors of so many texts, the most recently used, are kept in
+            memory (1.5 kB each for MiniLM). An epoch of more distinct texts reads all of them anew.
     """
 
     def __init__(
@@ -73,8 +73,11 @@ class LanguageUserTower(UserTower):
         frozen_layers: int = 0,
         quantisation: Quantisation = "none",
         adapter: str | None = None,
+        remembered: int = 50_000,
     ) -> None:
         super().__init__()
+        if remembered < 0:
+            raise ValueError(f"remembered is a number of texts, at least 0, but is {remembered}.")
         self.shared = language_model == SHARED
         if self.shared and (
             quantisation != "none" or (peft is None and adapter is None and (tune is not None or frozen_layers))
@@ -97,6 +100,7 @@ class LanguageUserTower(UserTower):
         }
         self.projection_kind = projection
         self.dropout = dropout
+        self.remembered = remembered
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     def configure(self, catalogue: CatalogueView, item_tower: ItemTower) -> None:
@@ -136,9 +140,16 @@ class LanguageUserTower(UserTower):
             self._known.update((text, vector.clone()) for text, vector in found.items())
         for text in texts:
             self._known.move_to_end(text)
-        while len(self._known) > _REMEMBERED:
+        while len(self._known) > self.remembered:
             self._known.popitem(last=False)
         return features.to(device)
+
+    def knows(self, users: UserBatch) -> Tensor:
+        """``(b,)`` True for users with a history, and for those of whom a text tells something without one."""
+        known = super().knows(users)
+        if users.texts is None:
+            return known
+        return known | torch.tensor([bool(text.strip()) for text in users.texts], device=known.device)
 
     def forward(self, users: UserBatch, items: Tensor) -> Tensor:
         """Reads the users' texts.

@@ -111,7 +111,8 @@ class SideItemTower(ItemTower):
         cache_dir: where states are cached; None: ``LIGHTNING_REC_CACHE``, else ``~/.cache/lightning_rec``.
         cache_dtype: precision of the states on disk, ``float16`` or ``float32``.
         dtype: precision of the language model.
-        quantisation: weights of the language model in 8 or 4 bits, on a CUDA device: ``8bit``, ``4bit`` or ``none``.
+        quantisation: weights of the language model in 8 or 4 bits, by the extra ``quantise``: ``8bit``, ``4bit`` or
+            ``none``.
         whiten_eps: what ``features: whiten`` adds to the variance of each direction, as a share of the layer's mean
             variance, so that those which are mostly noise are not blown up; 0: exact whitening.
     """

@@ -58,11 +58,33 @@ def test_vectors_remembered_in_validation_serve_training(tiny_bert):
     assert not calls, "the text was not encoded again"
 
 
+@pytest.mark.parametrize(("remembered", "read"), [(0, [3, 3]), (1, [3, 2]), (3, [3, 0])])
+def test_the_newest_texts_are_remembered(remembered, read, tiny_bert):
+    tower = build(LanguageUserTower(tiny_bert, remembered=remembered), TextItemTower(tiny_bert, dim=8)).eval()
+    first = tower.encoder.encode
+    counts = []
+    tower.encoder.encode = lambda texts, device: counts.append(len(texts)) or first(texts, device)
+    vectors = [tower(users(TEXTS), torch.zeros(3, 8)) for _ in range(2)]
+    torch.testing.assert_close(vectors[0], vectors[1])
+    assert counts == [number for number in read if number]
+
+
+def test_a_text_makes_a_user_without_history_known(tiny_bert):
+    tower = build(LanguageUserTower(language_model=tiny_bert), TextItemTower(tiny_bert, dim=8))
+    batch = users(["red shoe", "", " ", "old film", ""])
+    batch.lengths = torch.tensor([0, 0, 0, 2, 1])
+    assert tower.knows(batch).tolist() == [True, False, False, True, True]
+    batch.texts = None
+    assert tower.knows(batch).tolist() == [False, False, False, True, True]
+
+
 def test_errors_name_the_option(tiny_bert):
     with pytest.raises(ValueError, match="IdItemTower has none"):
         build(LanguageUserTower(), IdItemTower(8))
     with pytest.raises(ValueError, match="tuned as the item tower says"):
         LanguageUserTower(tune="full")
+    with pytest.raises(ValueError, match=r"remembered is a number of texts, at least 0, but is -1\."):
+        LanguageUserTower(remembered=-1)
     tower = build(LanguageUserTower(), TextItemTower(tiny_bert, dim=8))
     with pytest.raises(ValueError, match="user_template"):
         tower(users(None), torch.zeros(3, 8))
