@@ -38,7 +38,7 @@ Name it in YAML, and it works with every command::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,8 +96,11 @@ class ItemTower(Tower):
 
     #: True when the vectors depend on the row number of an item, so that a checkpoint fits its own catalogue only.
     uses_ids: bool = True
-    #: True when the tower reads ``ItemBatch.texts``, the variants of texts that a training step may bring.
+    #: True when the tower reads ``ItemBatch.texts``, the variants of texts that a training step may bring, or, where it
+    #: has ``text_fields``, ``ItemBatch.fields``.
     reads_variants: bool = False
+    #: The fields of the item table that the tower reads as texts of their own; empty: it reads the items' texts.
+    text_fields: Sequence[str] = ()
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Creates the parameters, sized by the catalogue. Called once, before weights are loaded."""

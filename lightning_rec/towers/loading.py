@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForTextEncoding
 from transformers.utils import logging as transformers_logging
 
-from lightning_rec.towers.quantisation import Quantisation, quantisation_options
+from lightning_rec.towers.quantisation import Quantisation, keep_differentiable, quantisation_options
 
 
 @torch.inference_mode(False)
@@ -45,6 +45,8 @@ def load_language_model(
             transformers_logging.enable_progress_bar()
     model = _read_part(model)
     model.config.use_cache = False
+    if quantisation == "4bit":
+        keep_differentiable(model, tune == "adapter")
     if quantisation != "none" and tune == "adapter":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if tune != "full":

@@ -132,6 +132,9 @@ class NewsItemTower(ItemTower):
     ) -> None:
         super().__init__()
         self.text_fields = [name for name in (title, abstract) if name is not None]
+        # what is cached of a frozen model is made of the texts as they are
+        frozen = words is None and (tune or ("frozen" if peft is None else "adapter")) == "frozen"
+        self.reads_variants = bool(self.text_fields) and not frozen
         self.category_fields = list(categories or ())
         self.entity_field = entities
         if not (self.text_fields or self.category_fields or entities):
@@ -173,6 +176,7 @@ class NewsItemTower(ItemTower):
         self.min_entity_count = min_entity_count
         self.init_std = init_std
         self.articles: Articles | None = None
+        self.whole_texts = False  # the catalogue has none of the fields, and the items' texts are read
 
     # ------------------------------------------------------------------ building
 
@@ -254,15 +258,12 @@ class NewsItemTower(ItemTower):
         for name, column in columns.items():
             if len(column) != catalogue.n_rows:
                 raise ValueError(f"The catalogue has {catalogue.n_rows} rows but {len(column)} values of {name}.")
+        self.whole_texts = not any(name in catalogue.fields for name in self.fields)
         self.articles = self._read(columns, catalogue.n_rows, new=False)
 
     def _read(self, columns: Mapping[str, Sequence[Any]], n: int, new: bool) -> Articles:
         nothing = [""] * n
-        distinct: dict[str, int] = {"": 0}
-        rows = [
-            [distinct.setdefault(text_of(value), len(distinct)) for value in columns.get(name, nothing)]
-            for name in self.text_fields
-        ]
+        distinct, rows = self._distinct(columns, n)
         table = None
         if self.text_fields:
             table = (self.text.read if new else self.text.attach)(list(distinct), self._place)
@@ -289,7 +290,28 @@ class NewsItemTower(ItemTower):
         if self.articles.first.device != items.rows.device:
             with torch.inference_mode(False):
                 self.articles = self.articles.to(items.rows.device)
-        return self._encode_rows(self.articles, items.rows)
+        variants = self._variants(items) if self.training and self.reads_variants else None
+        if variants is None:
+            return self._encode_rows(self.articles, items.rows)
+        distinct, rows = self._distinct(variants, len(items))
+        texts = self.text.read(list(distinct), items.rows.device)
+        return self._encode(self.articles, items.rows, (texts, torch.tensor(rows, device=items.rows.device)))
+
+    def _variants(self, items: ItemBatch) -> Mapping[str, Sequence[str]] | None:
+        """What a training step has in the place of the catalogue's texts, or None."""
+        if self.whole_texts:
+            return None if items.texts is None else {self.text_fields[0]: items.texts}
+        return items.fields
+
+    def _distinct(self, columns: Mapping[str, Sequence[Any]], n: int) -> tuple[dict[str, int], list[list[int]]]:
+        """The distinct texts of ``n`` articles, the empty text first, and where each text view's are among them."""
+        nothing = [""] * n
+        distinct: dict[str, int] = {"": 0}
+        rows = [
+            [distinct.setdefault(text_of(value), len(distinct)) for value in columns.get(name, nothing)]
+            for name in self.text_fields
+        ]
+        return distinct, rows
 
     def _encode_rows(self, articles: Articles, rows: Tensor) -> Tensor:
         if not len(rows):
@@ -299,12 +321,12 @@ class NewsItemTower(ItemTower):
         parts = [self._encode(articles, part) for part in distinct.split(size)]
         return F.embedding(places, torch.cat(parts))
 
-    def _encode(self, articles: Articles, rows: Tensor) -> Tensor:
-        """``(k, d)`` vectors of the articles of ``(k,)`` rows."""
+    def _encode(self, articles: Articles, rows: Tensor, given: tuple[TextTable, Tensor] | None = None) -> Tensor:
+        """``(k, d)`` vectors of the articles of ``(k,)`` rows, perhaps with other texts than their own."""
         vectors, present = [], []
         if articles.texts is not None:
-            text_rows = articles.text_rows[:, rows]
-            features = self.text(articles.texts, text_rows)
+            texts, text_rows = (articles.texts, articles.text_rows[:, rows]) if given is None else given
+            features = self.text(texts, text_rows)
             for projection, part, row in zip(self.projections, features, text_rows, strict=True):
                 vectors.append(projection(F.dropout(part, self.dropout, self.training)))
                 present.append(row > 0)

@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 Quantisation = Literal["none", "8bit", "4bit"]
@@ -56,3 +57,21 @@ def quantisation_options(kind: Quantisation) -> dict[str, Any]:
         "quantization_config": config,
         "device_map": {"": int(os.environ.get("LOCAL_RANK", "0")) if gpu else "cpu"},
     }
+
+
+def keep_differentiable(model: nn.Module, tuned: bool) -> None:
+    """Keeps bitsandbytes from laying out 4-bit weights for inference where that layout would fail.
+
+    On processors with bfloat16 instructions it does so at the first pass in evaluation mode, in blocks of 32 × 64; no
+    gradient goes through what it computes from then on, in training mode either.
+
+    Args:
+        model: a model that was loaded in 4 bits.
+        tuned: an adapter is trained on it.
+    """
+    module: Any  # bitsandbytes' linear layers, whose package is not always there
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (
+            tuned or module.out_features % 32 or module.in_features % 64
+        ):
+            module.support_avx512bf16_for_cpu = False
