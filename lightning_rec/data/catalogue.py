@@ -17,9 +17,8 @@ from datasets import Dataset
 from lightning_rec.data.batch import CatalogueView
 from lightning_rec.data.catalogue_fields import NO_TEXT, Fields
 from lightning_rec.data.cleaning import DEFAULT_CLEANING, did_you_mean, make_cleaner
-from lightning_rec.data.text import Template, field_text
+from lightning_rec.data.text import TITLE_FIELDS, Template, field_text, title_text
 
-_TITLE_FIELDS = ("title", "name")
 _EXAMPLES = 5
 
 
@@ -216,16 +215,20 @@ class Catalogue:
         return table[codes]
 
     @cached_property
-    def _titles(self) -> list[Any] | None:
-        if self.table is not None:
-            for name in _TITLE_FIELDS:
-                if name in self.table.column_names:
-                    return self.attribute(name)
-        return None
+    def _titles(self) -> list[list[Any]]:
+        names = self.table.column_names if self.table is not None else []
+        return [self.attribute(name) for name in TITLE_FIELDS if name in names]
+
+    def title(self, row: int) -> str:
+        """What a language model reads for a row in a user's text, cleaned by the steps of this catalogue.
+
+        Its title or name, else its text cut at 80 characters, else ``""``; what a person reads is ``display``.
+        """
+        return title_text((column[row] for column in self._titles), self.texts[row], make_cleaner(self.cleaning))
 
     def display(self, row: int) -> str:
         """What a person reads for a row: its title or name, else its text cut at 80 characters, else its raw id."""
-        title = field_text(self._titles[row], make_cleaner()) if self._titles is not None else ""
+        title = field_text(self._titles[0][row], make_cleaner()) if self._titles else ""
         if title:
             return title
         text = self.texts[row]

@@ -6,9 +6,9 @@ target. How users are evaluated is in ``evaluation.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,12 @@ Float = NDArray[np.float64]
 Supervision = Literal["every", "random", "last"]
 CandidateMode = Literal["catalogue", "batch", "sampled"]
 
-#: users, offsets of the first event not in the history -> one text a user.
-UserTexts = Callable[[Int, Int], list[str]]
+
+class UserTexts(Protocol):
+    """Makes the texts of users."""
+
+    def __call__(self, users: Int, ends: Int, names: Sequence[str] | None = None, /) -> list[str]:
+        """One text for each of ``users``, of the events before an offset; ``names``: raw ids, for those without row."""
 
 
 class BatchIndex(NamedTuple):
@@ -200,11 +204,8 @@ class TrainDataset(Dataset[Batch]):
         self.user_texts = user_texts
         self.augmentation = augmentation
         self.variants = variants
-        if variants is not None and variants.options.texts != "items" and user_texts is None:
-            raise ValueError(
-                f"text_augmentation.texts is {variants.options.texts}, but users have no texts: set user_template, or "
-                "text_augmentation.texts to items."
-            )
+        if variants is not None:
+            variants.check(user_texts)
         self._chances, self._mean_targets = target_chances(histories, samples, supervision, n_rows)
         self._draw_chances = sampler.probabilities if sampler is not None else np.zeros(n_rows)
         self._table = np.arange(n_rows) if candidate_rows is None else np.append(0, candidate_rows)
@@ -262,7 +263,7 @@ class TrainDataset(Dataset[Batch]):
         )
         self._add_candidates(batch, users, history, targets, rng)
         if self.variants is not None and batch.items is not None:
-            batch.items.texts = self.variants.items(batch.items.rows.numpy(), index.seed)
+            self.variants.add(batch.items, index.seed)
         return batch
 
     def _add_candidates(self, batch: Batch, users: Int, history: Int, targets: Int, rng: np.random.Generator) -> None:

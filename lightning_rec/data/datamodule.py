@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from lightning_rec.data.augment_history import HistoryAugmentation
-from lightning_rec.data.augment_text import TextAugmentation, TextVariants
+from lightning_rec.data.augment_text import TextAugmentation
 from lightning_rec.data.batch import CatalogueView
 from lightning_rec.data.catalogue import Catalogue, encode_ids, ids_hash
 from lightning_rec.data.cold import ColdItems, check_cold_items, cold_rows, hold_out
 from lightning_rec.data.collate import CandidateMode, Int, KnownItems, Supervision, TrainDataset, training_samples
-from lightning_rec.data.evaluation import EvaluationDataset, asked_users
+from lightning_rec.data.evaluation import EvaluationDataset, asked_users, user_rows
 from lightning_rec.data.freshness import asked_at, lifetimes, recent_counts
 from lightning_rec.data.histories import build_histories
 from lightning_rec.data.interactions import number_column
@@ -32,7 +32,7 @@ from lightning_rec.data.sampling import NegativeSampler
 from lightning_rec.data.split import Split, global_time, known_by, leave_one_out, refit
 from lightning_rec.data.summary import describe
 from lightning_rec.data.text import DEFAULT_CLEANING
-from lightning_rec.data.user_text import UserTextMaker
+from lightning_rec.data.user_text import UserTextMaker, profile_only
 
 SplitName = Literal["leave_one_out", "global_time"]
 
@@ -101,7 +101,8 @@ class RecDataModule(ServedDataModule):
         batch_size: users a training step, on each device.
         eval_batch_size: users a step of validation, test and prediction.
         num_workers: loader processes. Batches are made by array operations, so that 0 is fast enough for most runs.
-        predict_users: the users to predict for, as a list or a text file with one id a line. None: all users.
+        predict_users: the users to predict for, as a list or a text file with one id a line. None: all users, those of
+            the interactions and then those whom only the reader's user table knows.
         seed: seed of the order of samples and of sampled negatives.
     """
 
@@ -257,6 +258,7 @@ class RecDataModule(ServedDataModule):
         )
         user_codes, user_ids = encode_ids(interactions["user_id"])
         user_codes, self.user_ids = user_codes + 1, ["", *user_ids]
+        self.profile_only = profile_only(raw.users, self.user_ids, raw.report)
         items = self.catalogue.rows(item_ids)
         times = number_column(interactions, "timestamp", np.int64)
         ratings = number_column(interactions, "rating", np.float32)
@@ -364,7 +366,7 @@ class RecDataModule(ServedDataModule):
             supervision=self.supervision,
             user_texts=self.user_texts.over(histories) if self.user_texts else None,
             augmentation=self.history_augmentation,
-            variants=TextVariants(self.text_augmentation, self.catalogue.texts) if self.text_augmentation else None,
+            variants=self.text_variants(),
             candidate_rows=np.flatnonzero(self.train_counts) if only else None,
         )
 
@@ -376,15 +378,14 @@ class RecDataModule(ServedDataModule):
 
     def prediction_dataset(self) -> EvaluationDataset:
         """The users asked for, in order; the history is all that is known of them."""
-        self.asked_users = asked_users(self.predict_users, self.user_ids[1:])
-        rows = {user: row for row, user in enumerate(self.user_ids)}
-        users = np.array([rows.get(user, 0) for user in self.asked_users], dtype=np.int64)
+        self.asked_users = asked_users(self.predict_users, [*self.user_ids[1:], *self.profile_only])
+        users = user_rows(self.asked_users, self.user_ids)
         cuts = self.histories.indptr[users + 1]
         if self.request_time is not None and self.asked_at is not None:
             cuts = known_by(self.histories, self.asked_at)[users]
-        return self._evaluation(users, cuts, None)
+        return self._evaluation(users, cuts, None, self.asked_users)
 
-    def _evaluation(self, users: Int, cuts: Int, ends: Int | None) -> EvaluationDataset:
+    def _evaluation(self, users: Int, cuts: Int, ends: Int | None, names: list[str] | None = None) -> EvaluationDataset:
         return EvaluationDataset(
             self.histories,
             users,
@@ -395,4 +396,5 @@ class RecDataModule(ServedDataModule):
             touched=self.touched,
             user_texts=self.user_texts,
             request_time=self.asked_at,
+            names=names,
         )

@@ -6,6 +6,7 @@ is to be found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class EvaluationDataset(Dataset[Batch]):
         user_texts: makes user texts from what lies before an offset, or None.
         request_time: time of every request in prediction, in seconds since 1970; None when the data has no times. In
             evaluation a request is made at the time of the first event to be found.
+        names: ``s`` raw user ids, by which ``user_texts`` finds what is known of users without a row; None: nothing is.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class EvaluationDataset(Dataset[Batch]):
         touched: Histories | None = None,
         user_texts: UserTexts | None = None,
         request_time: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.histories = histories
         self.users = users
@@ -55,6 +58,7 @@ class EvaluationDataset(Dataset[Batch]):
         self.touched = touched
         self.user_texts = user_texts
         self.request_time = request_time
+        self.names = names
 
     def __len__(self) -> int:
         return len(self.users)
@@ -109,7 +113,7 @@ class EvaluationDataset(Dataset[Batch]):
                 lengths=torch.from_numpy(mask.sum(1)),
                 users=torch.from_numpy(users),
                 times=None if times is None or not len(items) else torch.from_numpy(np.where(mask, times[offsets], 0)),
-                texts=None if self.user_texts is None else self.user_texts(users, cuts),
+                texts=self._texts(users, cuts, chosen),
             ),
             index=torch.from_numpy(np.asarray(chosen, dtype=np.int64)),
         )
@@ -127,6 +131,13 @@ class EvaluationDataset(Dataset[Batch]):
         if self.filter_seen:
             batch.seen = torch.from_numpy(self._seen(users, first, cuts))
         return batch
+
+    def _texts(self, users: Int, cuts: Int, chosen: Int) -> list[str] | None:
+        if self.user_texts is None:
+            return None
+        if self.names is None:
+            return self.user_texts(users, cuts)
+        return self.user_texts(users, cuts, [self.names[sample] for sample in chosen.tolist()])
 
     @staticmethod
     def _distinct(targets: Int) -> Int:
@@ -185,6 +196,12 @@ def asked_users(asked: list[str] | str | None, everyone: list[str]) -> list[str]
         FileNotFoundError: the file does not exist.
     """
     return everyone if asked is None else listed_ids(asked, "predict_users", "user")
+
+
+def user_rows(names: Sequence[str], user_ids: Sequence[str]) -> Int:
+    """``(len(names),)`` the row of each user, 0 for one who is not among ``user_ids``."""
+    rows = {user: row for row, user in enumerate(user_ids)}
+    return np.array([rows.get(name, 0) for name in names], dtype=np.int64)
 
 
 def listed_ids(given: list[str] | str, option: str, kind: str) -> list[str]:

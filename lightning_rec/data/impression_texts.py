@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_rec.data.catalogue import Catalogue
 from lightning_rec.data.impressions import Impressions, earlier_events, history_slices
-from lightning_rec.data.text import Template, clean, user_text
+from lightning_rec.data.text import Cleaner, Template, clean_value, make_cleaner, user_text
 
 
 class ImpressionTextMaker:
@@ -24,8 +24,9 @@ class ImpressionTextMaker:
         user_ids: raw id of each user row.
         catalogue: gives the titles.
         users: table with ``user_id`` and profile fields, or None.
-        limit: number of titles and of feedback texts; the newest are kept.
-        cleaning: names of the cleaning steps for profile fields and feedback.
+        limit: number of events whose titles are read, and of feedback texts; the newest are kept. An item without
+            title and text adds nothing.
+        cleaning: names of the cleaning steps for profile fields and feedback; titles are cleaned by the catalogue.
 
     Raises:
         ValueError: the template names a field that there is not.
@@ -55,21 +56,22 @@ class ImpressionTextMaker:
                 f"user_template names {', '.join(missing)}, but the fields are {', '.join(sorted(allowed))}. "
                 "Correct the template, or give the reader a user table or feedback."
             )
+        cleaner = make_cleaner(cleaning)
         self._profiles: dict[str, dict[str, Any]] = {}
         fields = [name for name in self.template.fields if name in profile]
         if users is not None and fields:
-            columns = [[_clean(value, cleaning) for value in users[name][:]] for name in fields]
+            columns = [[clean_value(value, cleaner) for value in users[name][:]] for name in fields]
             for user, *values in zip(users["user_id"][:], *columns, strict=True):
                 self._profiles[user] = dict(zip(fields, values, strict=True))
         self._feedback: list[str] | None = None
         if "feedback" in self.template.fields:
-            self._read_feedback(cleaning)
+            self._read_feedback(cleaner)
 
-    def _read_feedback(self, cleaning: Sequence[str]) -> None:
+    def _read_feedback(self, cleaner: Cleaner) -> None:
         written = self.impressions.feedback
         assert written is not None
         owner = np.array([number for number, text in enumerate(written) if text.strip()], dtype=np.int64)
-        texts = [clean(written[number], cleaning) for number in owner.tolist()]
+        texts = [cleaner(written[number]) for number in owner.tolist()]
         events, self._starts, self._ends = earlier_events(self.impressions, owner)
         self._feedback = [texts[event] for event in events.tolist()]
 
@@ -93,14 +95,5 @@ class ImpressionTextMaker:
     def _title(self, row: int) -> str:
         title = self._titles.get(row)
         if title is None:
-            # an article that is unknown says nothing: its raw id is no title
-            title = self._titles[row] = self.catalogue.display(row) if self.catalogue.texts[row] else ""
+            title = self._titles[row] = self.catalogue.title(row)
         return title
-
-
-def _clean(value: Any, cleaning: Sequence[str]) -> Any:
-    if isinstance(value, str):
-        return clean(value, cleaning)
-    if isinstance(value, list):
-        return [clean(part, cleaning) for part in value if part]
-    return value

@@ -27,8 +27,9 @@ def canonical_interactions(
     """Turns text columns into the canonical interactions, in file order.
 
     Bad rows (an empty id, a time or a rating that is none) stop the run with file and line, or are skipped and counted.
-    Exact duplicates (every column equal) are dropped and counted when the data has times; without times two equal rows
-    are two events. Where times are finer than a second, rows of the same second are put in their true order.
+    Exact duplicates (every column equal) are dropped and counted when the data has times or positions. Without either
+    nothing tells a row written twice from something done twice: such rows are kept as repeats, and a note counts them.
+    Where times are finer than a second, rows of the same second are put in their true order.
 
     Args:
         table: columns ``user_id`` and ``item_id``, and optionally ``rating``, ``timestamp``, ``review``, ``position``
@@ -97,8 +98,16 @@ def canonical_interactions(
     if not len(clean):
         raise ValueError(f"Every row of {', '.join(table.files)} is bad. The first: {report.lines()[-1].strip()}")
     arrow = _ordered(pa.table(clean.columns))
-    if times is not None:
-        arrow = _without_duplicates(arrow, report)
+    distinct = _distinct_rows(arrow)
+    if n_equal := arrow.num_rows - len(distinct):
+        if times is not None or positions is not None:
+            report.n_duplicates += n_equal
+            arrow = arrow.take(pa.array(distinct))
+        else:
+            report.note(
+                f"{n_equal:,} interactions equal an earlier one in every column. Without times or positions they are"
+                " kept as repeats; set repeats: first in the data module to keep the first of each user and item."
+            )
     names = [name for name in INTERACTION_COLUMNS if name in arrow.column_names]
     names += [name for name in arrow.column_names if name not in names]
     arrow = arrow.select([name for name in names if name not in ("position", "_fraction")])
@@ -236,18 +245,17 @@ def _ordered(arrow: pa.Table) -> pa.Table:
     return arrow if bool((np.diff(order) == 1).all()) else arrow.take(pa.array(order))
 
 
-def _without_duplicates(arrow: pa.Table, report: ReadReport) -> pa.Table:
+def _distinct_rows(arrow: pa.Table) -> NDArray[np.int64]:
+    """The rows that equal no earlier one, in order."""
     key = np.zeros(arrow.num_rows, np.int64)
     for name in arrow.column_names:
         column = arrow[name].combine_chunks()
+        if pa.types.is_list(column.type):  # a column of your own out of JSON, which Arrow does not encode
+            column = pa.array([repr(value) for value in column.to_pylist()], pa.large_string())
         codes = np.asarray(pc.fill_null(column.dictionary_encode("encode").indices, -1)).astype(np.int64)
         # Renumbering after each column keeps the combined key far below 2^63.
         _, key = np.unique(key * (int(codes.max(initial=0)) + 2) + codes + 1, return_inverse=True)
-    _, first = np.unique(key, return_index=True)
-    if len(first) == arrow.num_rows:
-        return arrow
-    report.n_duplicates += arrow.num_rows - len(first)
-    return arrow.take(pa.array(np.sort(first)))
+    return np.sort(np.unique(key, return_index=True)[1])
 
 
 def number_column(table: Dataset, name: str, dtype: Any) -> NDArray[Any] | None:

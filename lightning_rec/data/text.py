@@ -20,15 +20,22 @@ from lightning_rec.data.cleaning import (
 __all__ = [
     "CLEANING_STEPS",
     "DEFAULT_CLEANING",
+    "TITLE_FIELDS",
     "Cleaner",
     "Template",
     "clean",
+    "clean_value",
     "cut_text",
     "did_you_mean",
     "field_text",
     "make_cleaner",
+    "title_text",
     "user_text",
 ]
+
+#: Fields that name an item, the first that an item has.
+TITLE_FIELDS = ("title", "name")
+_TITLE_CHARS = 80
 
 # What may follow a value: closing brackets and quotes belong to it, then comes the separator, then the label of
 # the next value.
@@ -60,6 +67,34 @@ def cut_text(text: str, max_chars: int) -> str:
         whole_words = head.rpartition(" ")[0]
         head = whole_words if 2 * len(whole_words) >= max_chars else head
     return head.rstrip()
+
+
+def clean_value(value: Any, cleaner: Cleaner) -> Any:
+    """The value of a field with its strings cleaned, those in a list too; other values stay as they are."""
+    if isinstance(value, str):
+        return cleaner(value)
+    if isinstance(value, list):
+        return [clean_value(part, cleaner) for part in value]
+    return value
+
+
+def title_text(values: Iterable[Any], text: str, cleaner: Cleaner | None = None) -> str:
+    """What stands for an item in the text of a user, for a language model to read.
+
+    Args:
+        values: those of the item's ``TITLE_FIELDS``.
+        text: the item's own text, cleaned already.
+        cleaner: applied to the values.
+
+    Returns:
+        The first value that is not empty, else the beginning of the text, 80 characters at most, else ``""``: a raw
+        id would say nothing.
+    """
+    for value in values:
+        title = field_text(value, cleaner)
+        if title:
+            return title
+    return cut_text(text, _TITLE_CHARS)
 
 
 class Template:

@@ -131,6 +131,30 @@ def test_display_takes_the_title_then_the_text_then_the_id():
     assert catalogue.display(0) == ""
 
 
+def test_a_title_for_a_language_model_is_cleaned_as_the_texts_and_is_never_an_id():
+    items = Dataset.from_dict(
+        {
+            "item_id": list("abcdef"),
+            "title": ["Tom &amp; Jerry", "", None, " <i></i> ", "", "Both"],
+            "name": [None, "A <b>NAME</b>", None, None, None, "not this"],
+            "text": ["", "", "W&amp;W " * 20, "&amp;lt;", "", ""],
+        }
+    )
+    plain = Catalogue.build(items, ["x"], "{text}", unknown_items="add")
+    # an entity is decoded once: the text was cleaned already
+    assert [plain.title(row) for row in range(8)] == [
+        "", "Tom & Jerry", "A NAME", ("W&W " * 20).strip(), "&lt;", "", "Both", "",
+    ]  # fmt: skip
+    lower = Catalogue.build(items, [], "{text}", cleaning=["lower"])
+    assert lower.title(1) == "tom &amp; jerry"
+    assert lower.title(2) == "a <b>name</b>"
+    # 80 characters at most, between words: ten of eight characters would end in a space
+    assert lower.title(3) == ("w&amp;w " * 10).strip()
+    assert lower.title(4) == "<i></i>"
+    assert lower.display(1) == "Tom & Jerry"
+    assert Catalogue.build(None, ["b"]).title(1) == ""
+
+
 def test_digest_covers_content_order_and_borders_and_is_stable_across_processes():
     def digest(*texts):
         return Catalogue(["", *map(str, range(len(texts)))], ["", *texts]).digest

@@ -176,6 +176,23 @@ def test_news_and_ads_recognise_their_files(tmp_path, request):
         AdsDataModule(path="x").usual_reader(str(tmp_path))
 
 
+def test_titles_in_the_text_of_a_user_are_cleaned_as_the_data_says(mind, request):
+    data = mind(user_template="Read {titles}", user_titles=3, cleaning=["whitespace", "lower"])
+    titles = {}
+    for part in ("test", "dev", "train"):
+        for line in (request.config.rootpath / MIND / part / "news.tsv").read_text(encoding="utf-8").splitlines():
+            titles[line.split("\t")[0]] = " ".join(line.split("\t")[3].lower().split())
+    assert data.user_texts is not None
+    rows = lines_of(request, "dev")
+    wanted = []
+    for row in rows:
+        newest = [titles.get(name, "") for name in reversed(row[3].split()[-3:])]  # an unknown article has no title
+        wanted.append("Read " + ", ".join(filter(None, newest)) if any(newest) else "")
+    assert data.user_texts(data.numbers("validation")) == wanted
+    assert any("Read " in text for text in wanted)
+    assert data.catalogue.title(data.catalogue.row(rows[0][3].split()[0])).islower()
+
+
 def test_a_user_template_names_fields_that_there_are(mind):
     with pytest.raises(ValueError, match="user_template names feedback, but the fields are titles"):
         mind(user_template="{titles} {feedback}")

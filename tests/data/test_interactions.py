@@ -177,7 +177,7 @@ def test_a_rating_that_is_no_number_is_a_bad_row(text: str) -> None:
     assert list(bad) == [1]
 
 
-def test_exact_duplicates_are_dropped_only_with_times() -> None:
+def test_exact_duplicates_are_dropped_with_times() -> None:
     columns: dict[str, Any] = {"user_id": ["u", "u", "u", "v"], "item_id": ["a", "b", "a", "a"]}
     report = ReadReport()
     assert len(read(report, **columns)["item_id"]) == 4
@@ -191,6 +191,30 @@ def test_exact_duplicates_are_dropped_only_with_times() -> None:
     assert len(rated["item_id"]) == 4
     unrated = read(**columns, timestamp=["847434881"] * 4, rating=["", "1", "", "1"])
     assert len(unrated["item_id"]) == 3
+
+
+def test_equal_rows_with_a_position_are_one_and_without_any_order_are_noted() -> None:
+    columns: dict[str, Any] = {"user_id": ["u", "u", "u", "u"], "item_id": ["a", "b", "a", "a"]}
+    report = ReadReport()
+    # the last row is the first written twice; the third is the same item at another place
+    got = read(report, **columns, position=["1", "2", "3", "1"])
+    assert got["item_id"] == ["a", "b", "a"]
+    assert (report.n_duplicates, report.notes) == (1, [])
+    report = ReadReport()
+    assert read(report, **columns)["item_id"] == ["a", "b", "a", "a"]
+    assert report.n_duplicates == 0
+    assert report.notes[0].startswith("2 interactions equal an earlier one in every column. Without times or positions")
+
+
+@pytest.mark.parametrize("times", [True, False])
+def test_columns_of_lists_are_compared_too(times: bool) -> None:
+    given = table(user_id=["u"] * 4, item_id=["a"] * 4, **({"timestamp": ["847434881"] * 4} if times else {}))
+    given.columns["tags"] = pa.chunked_array([pa.array([["x", "y"], ["x"], ["x", "y"], None], pa.list_(pa.string()))])
+    report = ReadReport()
+    got = canonical_interactions(given, report)[:]
+    assert got["tags"] == ([["x", "y"], ["x"], None] if times else [["x", "y"], ["x"], ["x", "y"], None])
+    assert report.n_duplicates == times
+    assert any(note.startswith("1 interactions equal") for note in report.notes) is not times
 
 
 def test_position_orders_the_rows_of_a_user() -> None:

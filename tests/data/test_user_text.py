@@ -35,6 +35,18 @@ def test_titles_before_the_moment_newest_first(catalogue):
     ]
 
 
+def test_an_item_without_title_and_text_adds_nothing_and_titles_are_cleaned_as_the_catalogue():
+    items = Dataset.from_dict({"item_id": ["a", "7", "c"], "title": ["A &amp; B", "", "C"], "text": ["", "", "long"]})
+    catalogue = Catalogue.build(items, ["a"], "{text}", cleaning=["lower"])
+    made = maker(catalogue, "Likes: {titles}", limit=2, items=(1, 2, 3, 2))
+    assert [text(made, end) for end in range(5)] == ["", "Likes: a &amp; b", "Likes: a &amp; b", "Likes: c", "Likes: c"]
+
+
+def test_lists_of_numbers_are_fields_of_a_profile_too(catalogue):
+    users = Dataset.from_dict({"user_id": ["007"], "zones": [[3, 0, 12]]})
+    assert text(maker(catalogue, "In {zones}", users), 0) == "In 3, 0, 12"
+
+
 def test_profile_reviews_and_titles(catalogue):
     users = Dataset.from_dict({"user_id": ["1", "007"], "age": ["9", "30"], "job": [["x"], ["a", "b&amp;c"]]})
     made = maker(catalogue, "{age}, {job}. {titles}. {reviews}", users, ["good", None, "b&amp;d", ""], 3)
@@ -85,5 +97,5 @@ def test_a_text_never_holds_what_came_at_or_after_the_moment(seed):
                 assert named == (row in events[-4:])
             titles = set(histories.items[histories.indptr[user] : end][-4:].tolist())
             assert {
-                row for row in range(1, n + 1) if catalogue.display(row) in found.split(" (R")[0].split(", ")
+                row for row in range(1, n + 1) if catalogue.title(row) in found.split(" (R")[0].split(", ")
             } <= titles
