@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_rec.ensemble import Ensemble
     from lightning_rec.impression import ImpressionTwoTower
     from lightning_rec.impression_baselines import ImpressionPopularity
+    from lightning_rec.impression_ensemble import ImpressionEnsemble
     from lightning_rec.module import TwoTower
     from lightning_rec.towers import ItemTower, UserTower
 else:
@@ -37,6 +38,7 @@ else:
             "ensemble": ["Ensemble"],
             "impression": ["ImpressionTwoTower"],
             "impression_baselines": ["ImpressionPopularity"],
+            "impression_ensemble": ["ImpressionEnsemble"],
             "metrics": [],
             "module": ["TwoTower"],
             "objectives": [],
@@ -53,6 +55,7 @@ __all__ = [
     "EcommerceDataModule",
     "Ensemble",
     "ImpressionDataModule",
+    "ImpressionEnsemble",
     "ImpressionPopularity",
     "ImpressionTwoTower",
     "ItemTower",

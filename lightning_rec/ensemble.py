@@ -8,25 +8,24 @@ the deviation of a user's scores follow from the mean and the covariance of the 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rec.data.batch import Batch, CatalogueView, UserBatch
-from lightning_rec.ensemble_members import MemberItems, MemberUsers, open_member
+from lightning_rec.ensemble_members import (
+    NOTHING,
+    MemberItems,
+    MemberUsers,
+    Normalise,
+    checked_weights,
+    open_members,
+    refuse_training,
+)
 from lightning_rec.metrics import RankingMetric
 from lightning_rec.metrics.ranks import HistoryBonus, ScoreTable
 from lightning_rec.module import TwoTower
-
-Normalise = Literal["z_score", "min_max", "none"]
-
-#: Options of the data module that say what the towers read.
-_READ = ("template", "cleaning", "user_template", "user_titles", "min_rating", "repeats")
-# Below this share of what it could be, a variance is rounding: all scores of the user are equal.
-_NOTHING = 1e-13
 
 
 class Ensemble(TwoTower):
@@ -36,7 +35,8 @@ class Ensemble(TwoTower):
     is nothing to train: use it with ``validate``, ``test`` and ``predict``, with the data of the runs. Each run reads
     as many events of a history as it was fitted with, or fewer where the data gives fewer. For a user whom a run does
     not know, the others answer; whom none knows is answered by popularity. What repeats add to a run's scores
-    (``score.learn_repeats``) counts, for all items of the history that the data gives.
+    (``score.learn_repeats``) counts, for all items of the history that the data gives. Runs over impressions answer
+    together in ``lightning_rec.ImpressionEnsemble``.
 
     Args:
         checkpoints: files that ``lightning-rec fit`` wrote, in their run folders.
@@ -58,6 +58,8 @@ class Ensemble(TwoTower):
             checkpoints: [runs/a/checkpoints/last.ckpt, runs/b/checkpoints/last.ckpt]
     """
 
+    for_impressions: ClassVar[str] = "lightning_rec.ImpressionEnsemble"
+
     def __init__(
         self,
         checkpoints: list[str],
@@ -68,16 +70,9 @@ class Ensemble(TwoTower):
         chunk_size: int = 8192,
     ) -> None:
         super().__init__(MemberItems(), MemberUsers(), metrics=metrics, top_k=top_k, chunk_size=chunk_size)
-        if not checkpoints:
-            raise ValueError("An ensemble needs the checkpoint of at least one fitted run in checkpoints.")
-        if weights is not None and (len(weights) != len(checkpoints) or min(weights) < 0 or not sum(weights) > 0):
-            raise ValueError(
-                f"weights names one weight of at least 0 for each of the {len(checkpoints)} checkpoints, and not all "
-                f"of them 0; it is {weights}."
-            )
+        self.weights = checked_weights(checkpoints, weights)
         self.checkpoints = [str(path) for path in checkpoints]
         self.normalise = normalise
-        self.weights = [1.0] * len(checkpoints) if weights is None else list(weights)
         self.members = nn.ModuleList()
         self.windows: list[int | None] = []
         self._moments: list[_Moments] = []
@@ -92,10 +87,7 @@ class Ensemble(TwoTower):
             ValueError: the command is ``fit``.
         """
         super().setup(stage)
-        if stage == "fit":
-            raise ValueError(
-                "An ensemble has nothing to train: fit its runs one by one, then use validate, test or predict with it."
-            )
+        refuse_training(stage)
 
     def build(self, view: CatalogueView) -> None:
         """Opens the runs.
@@ -104,31 +96,12 @@ class Ensemble(TwoTower):
             FileNotFoundError: naming a checkpoint that does not exist.
             ValueError: naming a run that does not fit the data, or cannot be opened.
         """
-        for number, path in enumerate(self.checkpoints, start=1):
-            name = f"Member {number} of the ensemble, {path},"
-            member, options = open_member(Path(path), view, name)
-            self.members.append(member)
-            self.windows.append(options.get("max_history"))
-            self._compare(options, name)
-        members = [cast(TwoTower, member) for member in self.members]
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        members, self.windows = open_members(TwoTower, self.checkpoints, view, getattr(data, "hparams", {}))
+        self.members.extend(members)
         cast(MemberItems, self.item_tower).members = cast(MemberUsers, self.user_tower).members = members
         cast(MemberUsers, self.user_tower).windows = self.windows
         super().build(view)
-
-    def _compare(self, options: dict[str, Any], name: str) -> None:
-        """Warns where a run was fitted to other texts or histories than the data gives now."""
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        now = dict(getattr(data, "hparams", {}))
-        other = [option for option in _READ if option in options and option in now and options[option] != now[option]]
-        if other:
-            told = ", ".join(f"{option} {options[option]!r} (here {now[option]!r})" for option in other)
-            rank_zero_warn(f"{name} was fitted with {told}: it now reads what the ensemble's data module gives.")
-        longest, given = options.get("max_history"), now.get("max_history")
-        if longest is not None and given is not None and longest > given:
-            rank_zero_warn(
-                f"{name} was fitted with max_history {longest}, but the ensemble's data gives {given}: set "
-                f"data.max_history to {longest}, and every member still reads its own number of events."
-            )
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -214,7 +187,7 @@ class Ensemble(TwoTower):
             lowest, highest = _range(interest, items, users.history, repeat, self.chunk_size)
             size = highest - lowest
             largest = torch.maximum(highest.abs(), lowest.abs())
-            return -lowest, torch.where(size > _NOTHING**0.5 * largest, size, 0.0)
+            return -lowest, torch.where(size > NOTHING**0.5 * largest, size, 0.0)
         variance = torch.einsum("bi,ij,bj->b", interest, moments.covariance, interest)
         possible = interest.square().sum(1) * moments.covariance.diagonal().sum()
         if repeat:
@@ -225,7 +198,7 @@ class Ensemble(TwoTower):
             variance = variance + 2 * repeat * inside + repeat**2 * number * (1 - number)
             possible = possible + repeat**2 * number
             mean = mean + repeat * number
-        return -mean, torch.where(variance > _NOTHING * possible, variance, 0.0).clamp_min(0).sqrt()
+        return -mean, torch.where(variance > NOTHING * possible, variance, 0.0).clamp_min(0).sqrt()
 
     def history_bonus(self, users: UserBatch) -> HistoryBonus | None:
         """What the runs together add to the scores of items in the histories of the users last encoded."""

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_rec import checkpoint as saved
 from lightning_rec.data.batch import Batch, CatalogueView, ItemBatch, UserBatch
-from lightning_rec.module import TwoTower
 from lightning_rec.run_files import checkpoint_config, load_checkpoint
-from lightning_rec.tower_module import last_step
+from lightning_rec.tower_module import TowerModule, last_step
 from lightning_rec.towers import ItemTower, UserTower
+
+Normalise = Literal["z_score", "min_max", "none"]
+Run = TypeVar("Run", bound=TowerModule)
+
+#: Below this share of what it could be, a variance is rounding: all scores are equal.
+NOTHING = 1e-13
+#: Options of the data module that say what the towers read.
+_READ = (
+    "template",
+    "cleaning",
+    "user_template",
+    "user_titles",
+    "min_rating",
+    "repeats",
+    "popularity_half_life",
+    "popularity_from",
+)
+
+
+def checked_weights(checkpoints: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """The weight of each run of an ensemble.
+
+    Raises:
+        ValueError: no runs, or weights that do not fit.
+    """
+    if not checkpoints:
+        raise ValueError("An ensemble needs the checkpoint of at least one fitted run in checkpoints.")
+    if weights is not None and (len(weights) != len(checkpoints) or min(weights) < 0 or not sum(weights) > 0):
+        raise ValueError(
+            f"weights names one weight of at least 0 for each of the {len(checkpoints)} checkpoints, and not all "
+            f"of them 0; it is {list(weights)}."
+        )
+    return [1.0] * len(checkpoints) if weights is None else list(weights)
+
+
+def refuse_training(stage: str) -> None:
+    """Looks whether a command is one for an ensemble.
+
+    Raises:
+        ValueError: the command is ``fit``.
+    """
+    if stage == "fit":
+        raise ValueError(
+            "An ensemble has nothing to train: fit its runs one by one, then use validate, test or predict with it."
+        )
 
 
 def newest(users: UserBatch, window: int | None) -> UserBatch:
@@ -39,7 +84,7 @@ class MemberItems(ItemTower):
 
     def __init__(self) -> None:
         super().__init__()
-        self.members: Sequence[TwoTower] = ()
+        self.members: Sequence[TowerModule] = ()
 
     def configure(self, catalogue: CatalogueView) -> None:
         """Sums the members' widths."""
@@ -61,7 +106,7 @@ class MemberUsers(UserTower):
 
     def __init__(self) -> None:
         super().__init__()
-        self.members: Sequence[TwoTower] = ()
+        self.members: Sequence[TowerModule] = ()
         self.windows: Sequence[int | None] = ()
 
     def knows(self, users: UserBatch) -> Tensor:
@@ -78,10 +123,53 @@ class MemberUsers(UserTower):
         return torch.cat(parts, 1)[:, None]
 
 
-def open_member(path: Path, view: CatalogueView, name: str) -> tuple[TwoTower, dict[str, Any]]:
+def open_members(
+    kind: type[Run], checkpoints: Sequence[str], view: CatalogueView, given: Mapping[str, Any]
+) -> tuple[list[Run], list[int | None]]:
+    """Opens the runs of an ensemble.
+
+    Args:
+        kind: what a run is.
+        checkpoints: files of ``lightning-rec fit``.
+        view: the data that they are to answer for.
+        given: the options of the data module of that data.
+
+    Returns:
+        The models, in evaluation mode, and how many events of a history each was fitted with; None: all.
+
+    Raises:
+        FileNotFoundError: naming a checkpoint that does not exist.
+        ValueError: naming a run that does not fit the data, or cannot be opened.
+    """
+    members, windows = [], []
+    for number, path in enumerate(checkpoints, start=1):
+        name = f"Member {number} of the ensemble, {path},"
+        member, options = open_member(kind, Path(path), view, name)
+        members.append(member)
+        windows.append(options.get("max_history"))
+        _compare(options, given, name)
+    return members, windows
+
+
+def _compare(fitted: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Warns where a run was fitted to other texts or histories than the data gives now."""
+    other = [option for option in _READ if option in fitted and option in given and fitted[option] != given[option]]
+    if other:
+        told = ", ".join(f"{option} {fitted[option]!r} (here {given[option]!r})" for option in other)
+        rank_zero_warn(f"{name} was fitted with {told}: it now reads what the ensemble's data module gives.")
+    longest, here = fitted.get("max_history"), given.get("max_history")
+    if longest is not None and here is not None and longest > here:
+        rank_zero_warn(
+            f"{name} was fitted with max_history {longest}, but the ensemble's data gives {here}: set "
+            f"data.max_history to {longest}, and every member still reads its own number of events."
+        )
+
+
+def open_member(kind: type[Run], path: Path, view: CatalogueView, name: str) -> tuple[Run, dict[str, Any]]:
     """Builds the model of a run and loads its weights strictly.
 
     Args:
+        kind: what the run is.
         path: a checkpoint of ``lightning-rec fit``.
         view: the data that it is to answer for.
         name: how messages name it.
@@ -100,12 +188,12 @@ def open_member(path: Path, view: CatalogueView, name: str) -> tuple[TwoTower, d
         )
     _same_data(loaded["catalogue"], view, name)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(TwoTower, "model", required=True)
+    parser.add_subclass_arguments(kind, "model", required=True)
     try:
         member = parser.instantiate(parser.parse_object({"model": model}))["model"]
     except Exception as error:
         raise ValueError(
-            f"{name} is a {model['class_path']}, which cannot be built as a lightning_rec.TwoTower: {error}"
+            f"{name} is a {model['class_path']}, which cannot be built as a lightning_rec.{kind.__name__}: {error}"
         ) from error
     member.build(view)
     try:

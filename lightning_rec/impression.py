@@ -78,6 +78,8 @@ class ImpressionTwoTower(TowerModule):
 
     answers_impressions: ClassVar[bool] = True
     headline: ClassVar[str] = "auc"
+    #: The class that does for interactions what this one does for impressions.
+    for_interactions: ClassVar[str] = "lightning_rec.TwoTower"
 
     def __init__(
         self,
@@ -130,17 +132,18 @@ class ImpressionTwoTower(TowerModule):
     # ------------------------------------------------------------------ building
 
     def check_data(self, datamodule: LightningDataModule) -> None:
-        """Refuses plain interactions.
+        """Refuses plain interactions, and variants of texts where the item tower does not read them.
 
         Raises:
-            ValueError: naming the class that goes with the data.
+            ValueError: naming the class or the option that goes with the data.
         """
         if isinstance(datamodule, RecDataModule):
             raise ValueError(
                 f"{type(datamodule).__name__} serves interactions, and {type(self).__name__} needs impressions: set "
                 "data.class_path to a data module of impressions such as lightning_rec.ImpressionDataModule, or "
-                "model.class_path to lightning_rec.TwoTower."
+                f"model.class_path to {self.for_interactions}."
             )
+        super().check_data(datamodule)
 
     def configure_parts(self, view: CatalogueView) -> None:
         """Sizes the metrics."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningDataModule
@@ -56,6 +56,9 @@ class TwoTower(TowerModule):
 
         TwoTower(IdItemTower(dim=64), SequenceUserTower(blocks=2), lr=1e-3)
     """
+
+    #: The class that does for impressions what this one does for interactions.
+    for_impressions: ClassVar[str] = "lightning_rec.ImpressionTwoTower"
 
     def __init__(
         self,
@@ -111,21 +114,13 @@ class TwoTower(TowerModule):
         Raises:
             ValueError: naming the class or the option that goes with the data.
         """
-        augmentation = getattr(datamodule, "text_augmentation", None)
-        if augmentation is not None and augmentation.texts != "users" and not self.item_tower.reads_variants:
-            raise ValueError(
-                f"data.text_augmentation makes variants of the items' texts, but {type(self.item_tower).__name__} does "
-                "not read them in training: variants are for lightning_rec.towers.TextItemTower and TextIdItemTower "
-                "with a tuned language model (item_tower.peft, or item_tower.tune: full); the vectors of a frozen one "
-                "are made once and cached. Choose such a tower, set text_augmentation.texts to users, or leave "
-                "text_augmentation out."
-            )
         if isinstance(datamodule, ImpressionDataModule):
             raise ValueError(
-                f"{type(datamodule).__name__} serves impressions, which lightning_rec.TwoTower cannot read: set "
-                "model.class_path to lightning_rec.ImpressionTwoTower, or data.class_path to a data module of "
+                f"{type(datamodule).__name__} serves impressions, which lightning_rec.{type(self).__name__} cannot "
+                f"read: set model.class_path to {self.for_impressions}, or data.class_path to a data module of "
                 "interactions such as lightning_rec.NewsDataModule."
             )
+        super().check_data(datamodule)
 
     def _check_repeats(self) -> None:
         if self.score.repeat is None:

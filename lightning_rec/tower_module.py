@@ -89,15 +89,28 @@ class TowerModule(LightningModule, ABC):
     def check_data(self, datamodule: LightningDataModule) -> None:
         """Refuses a data module whose batches this module cannot read; called before anything is read.
 
+        Here: variants of texts that the item tower does not read.
+
         Raises:
-            ValueError: naming the class that goes with the data.
+            ValueError: naming the class or the option that goes with the data.
         """
+        augmentation = getattr(datamodule, "text_augmentation", None)
+        if augmentation is not None and augmentation.texts != "users" and not self.item_tower.reads_variants:
+            raise ValueError(
+                f"data.text_augmentation makes variants of the items' texts, but {type(self.item_tower).__name__} does "
+                "not read them in training: variants are for lightning_rec.towers.TextItemTower, TextIdItemTower and "
+                "NewsItemTower with a tuned language model (item_tower.peft, or item_tower.tune: full), and for "
+                "NewsItemTower with words; the vectors of a frozen one are made once and cached. Choose such a tower, "
+                "set text_augmentation.texts to users, or leave text_augmentation out."
+            )
 
     def setup(self, stage: str) -> None:
-        """Looks whether the data module goes with this module."""
-        datamodule = getattr(self._trainer, "datamodule", None)
+        """Looks whether the data module goes with this module, and tells it which variants of texts are read."""
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
         if datamodule is not None:
             self.check_data(datamodule)
+            if getattr(datamodule, "text_augmentation", None) is not None:
+                datamodule.variant_fields = self.item_tower.text_fields
 
     def configure_model(self) -> None:
         """Builds the towers once, sized by the data; a checkpoint without data brings its own sizes later."""

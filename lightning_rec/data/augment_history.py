@@ -32,6 +32,9 @@ class HistoryAugmentation:
     the whole catalogue is scored, which trains a vector for it; the vector of an empty text to text towers. Times stay
     in their places and in order. Users' texts are not changed.
 
+    Of an impression the history alone is changed, never what was shown, its labels, or what is known to be no negative
+    of the user. What follows the whole history is learned from, so that a crop keeps the newest events.
+
     Args:
         crop: probability that a history is cut to a random stretch of itself. Where only the end of a sample is
             supervised (``supervision: random`` or ``last``), the stretch is the newest.
@@ -77,12 +80,12 @@ class HistoryAugmentation:
             keep_end: leave the ends as they are.
 
         Returns:
-            New starts and ends: at least two events each.
+            New starts and ends: at least one event before the last, where there was one.
         """
         if not self.crop:
             return starts, ends
         steps = ends - starts - 1
-        kept = np.maximum((steps * self.crop_ratio).astype(np.int64), 1)
+        kept = np.minimum(np.maximum((steps * self.crop_ratio).astype(np.int64), 1), steps)
         kept = np.where(uniform(seed, numbers, _CROP)[:, 0] < self.crop, kept, steps)
         room = steps - kept
         shift = room if keep_end else _choose(uniform(seed, numbers, _CROP_PLACE)[:, 0], room + 1)

@@ -6,13 +6,15 @@ import csv
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_rec.data.batch import ItemBatch
 
 Int = NDArray[np.int64]
 
@@ -35,6 +37,8 @@ class TextAugmentation:
     never changed.
 
     The language model of the tower must be tuned: the vectors of a frozen one are made once, of the texts as they are.
+    A tower that reads fields of the items one by one, such as titles and abstracts, gets variants of each of them. To
+    word vectors a replacement that no text of the catalogue has is an unknown word.
 
     Args:
         probability: share of the texts that are changed at all.
@@ -71,15 +75,27 @@ class TextVariants:
         options: what is changed, and how often.
         item_texts: one text a catalogue row.
         table: replacements, instead of those of the file that ``options`` names.
+        fields: the fields that the item tower reads as texts: one value a catalogue row, a string or a list of strings.
+            Empty: it reads ``item_texts``.
 
     Raises:
         FileNotFoundError: the table does not exist.
         ValueError: the table cannot be read; the message names the line.
     """
 
-    def __init__(self, options: TextAugmentation, item_texts: Sequence[str], table: Table | None = None) -> None:
+    def __init__(
+        self,
+        options: TextAugmentation,
+        item_texts: Sequence[str],
+        table: Table | None = None,
+        fields: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         self.options = options
         self.item_texts = item_texts
+        self.fields = {
+            name: [value if isinstance(value, str) else " ".join(value or ()) for value in values]
+            for name, values in (fields or {}).items()
+        }
         if table is None:
             table = {} if options.table is None else read_table(options.table)
         self.table = table
@@ -93,14 +109,46 @@ class TextVariants:
             return None
         return [self._drawn(self.item_texts[row], (*seed, row)) for row in rows.tolist()]
 
+    def add(self, items: ItemBatch, seed: Sequence[int]) -> None:
+        """Gives a step's items their variants: of the fields that the tower reads, or of their whole texts."""
+        rows = items.rows.numpy()
+        if not self.fields:
+            items.texts = self.items(rows, seed)
+        elif self.options.texts != "users":
+            items.fields = {
+                name: [self._drawn(texts[row], (*seed, row, name)) for row in rows.tolist()]
+                for name, texts in self.fields.items()
+            }
+
+    def check(self, user_texts: object) -> None:
+        """Looks whether those texts are there whose variants are asked for.
+
+        Args:
+            user_texts: what makes the texts of users, or None.
+
+        Raises:
+            ValueError: variants of users' texts, and there are none.
+        """
+        if self.options.texts != "items" and user_texts is None:
+            raise ValueError(
+                f"text_augmentation.texts is {self.options.texts}, but users have no texts: set user_template, or "
+                "text_augmentation.texts to items."
+            )
+
     def users(self, texts: list[str], users: Int, seed: Sequence[int]) -> list[str]:
-        """Variants of users' texts, or the texts themselves where those of users stay as they are."""
+        """Variants of users' texts, or the texts themselves where those of users stay as they are.
+
+        Args:
+            texts: one text a user.
+            users: ``(b,)`` a number of each text, by which its draws differ from those of the others.
+            seed: seed of the run, epoch and step.
+        """
         if self.options.texts == "items":
             return texts
         rows = (-users - 1).tolist()  # other numbers than those of items
         return [self._drawn(text, (*seed, row)) for text, row in zip(texts, rows, strict=True)]
 
-    def _drawn(self, text: str, seed: tuple[int, ...]) -> str:
+    def _drawn(self, text: str, seed: tuple[int | str, ...]) -> str:
         # a string as seed is hashed by random itself, the same in every process
         rng = random.Random(repr(seed))
         return self.variant(text, rng) if rng.random() < self.options.probability else text

@@ -48,11 +48,14 @@ class ItemBatch(_Movable):
         whole: True when ``rows`` is ``arange(n_rows)``, the whole catalogue: a tower may then skip its gather.
         texts: training with text augmentation: the ``n`` texts of this step, variants of the catalogue's. None: the
             catalogue's own texts.
+        fields: the same for a tower that reads fields of the items (``ItemTower.text_fields``): ``n`` variants of each
+            of these. None: the catalogue's own fields.
     """
 
     rows: Tensor
     whole: bool = False
     texts: list[str] | None = None
+    fields: dict[str, list[str]] | None = None
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
@@ -150,7 +153,8 @@ class Batch(_Movable):
         log_q: ``(n_candidates,)`` log of the expected number of times each candidate is drawn for a step
             (Bengio and Senecal, 2008; Yi et al., RecSys 2019), or None when the candidates are the same in every step:
             the whole catalogue, or all of it that is trained on.
-        known: ``(b, k)`` training: catalogue rows of the user's training positives, padded with 0.
+        known: ``(b, k)`` training: catalogue rows of the user's training positives, padded with 0. With
+            impressions whose histories are augmented also the events of the history as it was.
         seen: ``(b, s)`` evaluation and prediction: catalogue rows that the user has already touched and that must
             not be recommended, padded with 0. None when seen items are kept.
         ratings: shaped like ``targets``: the rating of each target, NaN where there is none. None without ratings.

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_rec.data.augment_history import HistoryAugmentation
+from lightning_rec.data.augment_text import TextVariants
 from lightning_rec.data.batch import Batch, ImpressionBatch, ItemBatch, UserBatch
 from lightning_rec.data.collate import (
     BatchIndex,
@@ -165,6 +167,8 @@ class ImpressionTrainDataset(_ImpressionDataset):
         negatives: non-clicks of a sample of ``sampled``; there are fewer where fewer were shown.
         max_candidates: candidates of a sample of ``whole`` at most; all clicks are kept, and of the others as many as
             there is room for. None keeps all.
+        augmentation: changes histories at random, or None.
+        variants: changes texts at random, or None.
 
     Attributes:
         samples: ``(s,)`` the impression of each sample.
@@ -180,13 +184,19 @@ class ImpressionTrainDataset(_ImpressionDataset):
         candidates: ShownCandidates = "sampled",
         negatives: int = 4,
         max_candidates: int | None = None,
+        augmentation: HistoryAugmentation | None = None,
+        variants: TextVariants | None = None,
     ) -> None:
         super().__init__(impressions, known)
+        if variants is not None:
+            variants.check(known.texts)
         self.clicked = clicked
         self.n_rows = n_rows
         self.candidates = candidates
         self.negatives = negatives
         self.max_candidates = max_candidates
+        self.augmentation = augmentation
+        self.variants = variants
         wanted = np.zeros(len(impressions), dtype=bool)
         wanted[numbers] = True
         offsets, owner = impressions.clicks(wanted)
@@ -216,16 +226,36 @@ class ImpressionTrainDataset(_ImpressionDataset):
             offsets, mask, weights = self._whole(numbers, rng)
         rows = _picked(self.impressions.candidates, offsets, mask, 0, np.int64)
         places, past, history = self._history(numbers)
+        clicked = self.clicked.matrix(self.impressions.users[numbers])
+        if self.augmentation is not None:
+            # what is hidden of a history was read all the same: it is no negative of the user
+            clicked = np.concatenate([clicked, history], axis=1)
+            places, past, history = self._augmented(index, self.augmentation)
         shown = self._shown(numbers, offsets, mask, rows, labelled=True)
         shown.weights = torch.from_numpy(np.where(mask, weights, 0).astype(np.float32))
+        users = self._users(numbers, places, past, history)
+        if users.texts is not None and self.variants is not None:
+            users.texts = self.variants.users(users.texts, index.samples, index.seed)
         batch = Batch(
-            users=self._users(numbers, places, past, history),
-            known=torch.from_numpy(self.clicked.matrix(self.impressions.users[numbers])),
+            users=users,
+            known=torch.from_numpy(clicked),
             index=torch.from_numpy(numbers),
             impressions=shown,
         )
         self._add_table(batch, rows, history)
+        if self.variants is not None and batch.items is not None:
+            self.variants.add(batch.items, index.seed)
         return batch
+
+    def _augmented(self, index: BatchIndex, augmentation: HistoryAugmentation) -> tuple[Int, Mask, Int]:
+        """The histories as :meth:`_history` returns them, cropped, reordered and masked."""
+        epoch = index.seed[:2]
+        starts, ends = history_slices(self.impressions, self.samples[index.samples], self.known.max_history)
+        # what follows a history is no event of it, but stands in the place of one
+        starts, ends = augmentation.cropped(starts, ends + 1, epoch, index.samples, keep_end=True)
+        offsets, mask = gather_slices(starts, ends - 1, least=1)
+        rows = _picked(self.impressions.history, offsets, mask, 0, np.int64)
+        return offsets, mask, augmentation.changed(rows, mask, epoch, index.samples)[0]
 
     def _sampled(self, numbers: Int, clicks: Int, rng: np.random.Generator) -> tuple[Int, Mask, NDArray[Any]]:
         """``(b, 1 + negatives)`` offsets of the click and of drawn non-clicks, where there are some, and weights."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow.compute as pc
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from lightning_rec.data.augment_history import HistoryAugmentation
+from lightning_rec.data.augment_text import TextAugmentation
 from lightning_rec.data.batch import CatalogueView
 from lightning_rec.data.catalogue import Catalogue, encode_ids, ids_hash
 from lightning_rec.data.collate import Int, KnownItems, distinct_pairs
@@ -34,13 +35,13 @@ from lightning_rec.data.impressions import (
     item_ids,
     with_click_histories,
 )
-from lightning_rec.data.loader import LengthSampler, ResumableLoader, make_loader
+from lightning_rec.data.loaders import ServedDataModule
 from lightning_rec.data.readers.base import ImpressionReader, RawImpressions
 from lightning_rec.data.readers.impressions import ImpressionFiles
 from lightning_rec.data.text import DEFAULT_CLEANING
 
 
-class ImpressionDataModule(LightningDataModule):
+class ImpressionDataModule(ServedDataModule):
     """Reads a log of impressions and its items, splits it and serves batches of what was shown and clicked.
 
     Args:
@@ -66,6 +67,10 @@ class ImpressionDataModule(LightningDataModule):
             impression with all its candidates. None takes the domain's way.
         negatives: non-clicks of a sample of ``sampled``.
         max_candidates: most candidates of a sample of ``whole``; clicks are always kept.
+        history_augmentation: crop, mask and reorder the histories of training impressions at random, such as
+            ``{crop: 0.3, mask: 0.3}``; what was shown and clicked stays as it is.
+        text_augmentation: variants of the training texts for tuned language models and word vectors, such as
+            ``{probability: 0.5}``.
         popularity_half_life: hours in which a click loses half its weight in the popularity of an item.
         popularity_from: ``past``: the popularity of an item counts all clicks before the request, as a live system
             would, though none of a later part; ``train``: those of the training part only.
@@ -100,6 +105,8 @@ class ImpressionDataModule(LightningDataModule):
         candidates: ShownCandidates | None = None,
         negatives: int = 4,
         max_candidates: int | None = None,
+        history_augmentation: HistoryAugmentation | None = None,
+        text_augmentation: TextAugmentation | None = None,
         popularity_half_life: float = 24.0,
         popularity_from: Literal["past", "train"] = "past",
         group_field: str | None = None,
@@ -110,8 +117,7 @@ class ImpressionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        if isinstance(self.hparams.get("reader"), ImpressionReader):
-            del self.hparams["reader"]  # given from Python: only plain values go into checkpoints
+        self.keep_plain_hyperparameters()
         if reader is None and path is None:
             raise ValueError("The data module needs to know its files: set data.reader, or data.path to a data set.")
         for name, number, least in (("max_history", max_history, 1), ("negatives", negatives, 0)):
@@ -136,6 +142,8 @@ class ImpressionDataModule(LightningDataModule):
         self.candidates: ShownCandidates = self.default_candidates if candidates is None else candidates
         self.negatives = negatives
         self.max_candidates = max_candidates
+        self.history_augmentation = history_augmentation
+        self.text_augmentation = text_augmentation
         self.popularity_half_life = popularity_half_life
         self.popularity_from = popularity_from
         self.group_field = self.default_group_field if group_field is None else group_field
@@ -300,6 +308,8 @@ class ImpressionDataModule(LightningDataModule):
             candidates=self.candidates,
             negatives=self.negatives,
             max_candidates=self.max_candidates,
+            augmentation=self.history_augmentation,
+            variants=self.text_variants(),
         )
         if not len(dataset):
             raise ValueError(
@@ -347,38 +357,6 @@ class ImpressionDataModule(LightningDataModule):
         self.asked_impressions = [self.impressions.ids[number] for number in numbers.tolist()]
         self.asked_users = [self.user_ids[user] for user in self.impressions.users[numbers].tolist()]
         return ImpressionEvaluationDataset(self.impressions, numbers, self.known(part), labelled=False)
-
-    # ------------------------------------------------------------------ loaders
-
-    def _loader(
-        self, dataset: ImpressionTrainDataset | ImpressionEvaluationDataset, shuffle: bool = False
-    ) -> ResumableLoader:
-        trainer: Any = self.trainer
-        sampler = LengthSampler(
-            dataset.sort_key,
-            batch_size=self.batch_size if shuffle else self.eval_batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            rank=trainer.global_rank if trainer is not None else 0,
-            world_size=trainer.world_size if trainer is not None else 1,
-        )
-        return make_loader(dataset, sampler, self.num_workers)
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches of training samples with histories of similar length."""
-        return self._loader(self.train_dataset(), shuffle=True)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Every labelled impression of validation, once."""
-        return self._loader(self.evaluation_dataset("validation"))
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Every labelled impression of the test, once."""
-        return self._loader(self.evaluation_dataset("test"))
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Every impression asked for, once."""
-        return self._loader(self.prediction_dataset())
 
 
 def usual_files(path: str, logs: Sequence[str], items: Sequence[str]) -> ImpressionFiles | None:
