@@ -60,7 +60,7 @@ def measure_one(recommender: Recommender, k: int, rounds: int) -> list[Row]:
     """One user by the recommender and by a bare product and top-k, in turns."""
     import torch
 
-    from lightning_rec.recommend import ExactIndex, Request
+    from lightning_rec.recommend import Request
 
     users = recommender.users(1000)
     vectors = recommender.state.ready
@@ -70,8 +70,7 @@ def measure_one(recommender: Recommender, k: int, rounds: int) -> list[Row]:
         for number in range(_WARM_UP):
             recommender.recommend(Request(user=users[number % len(users)], k=k))
         index = recommender.state.index
-        if isinstance(index, ExactIndex):
-            index.preparation.wait()  # a first look in eight bits, which a service prepares while it answers
+        index.prepare()  # a first look in eight bits, as the service prepares it when it starts
         for number in range(rounds):
             request = Request(user=users[number % len(users)], k=k)
             ours, answer = timed(partial(recommender.recommend, request))

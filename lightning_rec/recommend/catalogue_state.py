@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rec.recommend.context import ContextIndex, ScoreContext
 from lightning_rec.recommend.explore import LastLayer
 from lightning_rec.recommend.index import ExactIndex, Index
-from lightning_rec.recommend.lives import PUBLISHED, Lives, publications
+from lightning_rec.recommend.lives import Lives
 from lightning_rec.recommend.rerank import Fields
 from lightning_rec.recommend.types import RequestError
-
-_DISPLAY_LENGTH = 80
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,9 @@ class CatalogueState:
         alive: ``(n,)`` False for padding and removed items.
         index: finds the best of the living items.
         lives: when each item can be recommended; None: always.
+        context: what the moment of a request adds to scores; None: nothing.
         whole: for a state of :meth:`at` that of all items, whenever they live.
+        added: ``(n,)`` for a state of :meth:`at` what its moment adds to the score of each row; None: nothing.
     """
 
     generation: int
@@ -54,7 +55,9 @@ class CatalogueState:
     alive: Tensor = field(repr=False)
     index: Index = field(repr=False)
     lives: Lives | None = field(default=None, repr=False)
+    context: ScoreContext | None = field(default=None, repr=False)
     whole: CatalogueState | None = field(default=None, repr=False)
+    added: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.attributes, Fields):
@@ -70,11 +73,25 @@ class CatalogueState:
         return int(self.alive.sum())
 
     def at(self, moment: int) -> CatalogueState:
-        """The same catalogue, in which only items that are alive at a moment are ``alive``.
+        """The same catalogue at a moment: only items that are alive then are ``alive``, and scores are those of then.
 
         Args:
             moment: seconds since 1970.
         """
+        state = self._living_at(moment)
+        if state.context is None:
+            return state
+        kept: tuple[int, CatalogueState] | None = state.__dict__.get("_kept_scores")
+        if kept is None or kept[0] != moment:
+            added = state.context.at(moment)
+            index = ContextIndex(state.ready, added, ~state.alive)
+            scored = replace(state, index=index, added=added, whole=state.whole or state)
+            scored.__dict__["popularity"] = state.popularity  # what the towers do not answer has no context
+            # a second is the shortest span that a request can tell; of several threads the last one's is kept
+            state.__dict__["_kept_scores"] = kept = (moment, scored)
+        return kept[1]
+
+    def _living_at(self, moment: int) -> CatalogueState:
         if self.lives is None:
             return self
         kept: tuple[int, int, CatalogueState] | None = self.__dict__.get("_kept")
@@ -84,6 +101,16 @@ class CatalogueState:
             # of several threads that come here at once each makes its own, and the last one's is kept
             self.__dict__["_kept"] = kept = (*self.lives.span(moment), state)
         return kept[2]
+
+    def scores(self, interest: Tensor, rows: Tensor) -> Tensor:
+        """The scores of rows for an interest vector ``(d,)``: the dot products, and what the moment adds.
+
+        Args:
+            interest: ready for the product.
+            rows: int64, any shape.
+        """
+        products = self.ready[rows] @ interest
+        return products if self.added is None else products + self.added[rows]
 
     @property
     def _listed(self) -> Tensor:
@@ -127,114 +154,8 @@ class CatalogueState:
             )
         return row
 
-    def with_items(
-        self,
-        items: Sequence[Mapping[str, Any]],
-        text_of: Callable[[Mapping[str, Any]], str],
-        encode: Callable[[list[str]], Tensor],
-        ready: Callable[[Tensor], Tensor],
-        moment: int = 0,
-    ) -> CatalogueState:
-        """The next state, with items added or changed.
-
-        Args:
-            items: fields of each item, ``item_id`` among them; a field that a changed item does not name stays. Of
-                a removed item nothing stays.
-            text_of: what the item tower reads of fields.
-            encode: ``(m, d)`` vectors of texts as the user tower reads them.
-            ready: makes such vectors ready for the product.
-            moment: seconds since 1970, the birth of new items that do not say when they were published.
-        """
-        if not items:
-            return self
-        ids, rows = list(self.ids), dict(self.rows)
-        texts, display = list(self.texts), list(self.display)
-        attributes = {name: list(column) for name, column in self.attributes.items()}
-        changed: dict[int, None] = {}  # rows whose text, and so whose vector, changed
-        living: list[int] = []
-        for item in items:
-            id_ = item["item_id"]
-            row = rows.get(id_)
-            if row is None:
-                row = rows[id_] = len(ids)
-                ids.append(id_)
-                texts.append("")
-                display.append("")
-                for column in attributes.values():
-                    column.append(None)
-            elif row < len(self) and not bool(self.alive[row]) and row not in living:
-                for column in attributes.values():
-                    column[row] = None
-            for name, value in item.items():
-                if name != "item_id":
-                    attributes.setdefault(name, [None] * len(ids))[row] = value
-            fields = {name: column[row] for name, column in attributes.items()}
-            text = text_of(fields)
-            if text != texts[row] or row >= len(self.ids):
-                texts[row] = text
-                changed[row] = None
-            display[row] = _display(fields, text, id_)
-            living.append(row)
-        grown = len(ids) - len(self.ids)
-        raw = torch.cat([self.raw, self.raw.new_zeros(grown, self.raw.shape[1])])
-        prepared = torch.cat([self.ready, self.ready.new_zeros(grown, self.ready.shape[1])])
-        if changed:
-            places = torch.tensor(list(changed))
-            raw[places] = encode([texts[row] for row in changed]).to(raw.dtype)
-            prepared[places] = ready(raw[places]).to(prepared.dtype)
-        alive = torch.cat([self.alive, torch.zeros(grown, dtype=torch.bool)])
-        alive[torch.tensor(living)] = True
-        counts = torch.cat([self.counts, self.counts.new_zeros(grown)])
-        lives = self.lives
-        if lives is not None:
-            lives = lives.with_born(self._births(items, living, attributes, moment), len(ids))
-        return self._next(
-            ids=ids,
-            rows=rows,
-            texts=texts,
-            display=display,
-            attributes=attributes,
-            raw=raw,
-            ready=prepared,
-            counts=counts,
-            alive=alive,
-            lives=lives,
-        )
-
-    def _births(
-        self,
-        items: Sequence[Mapping[str, Any]],
-        rows: Sequence[int],
-        attributes: Mapping[str, Sequence[Any]],
-        moment: int,
-    ) -> dict[int, int]:
-        """Row -> birth of what is new, was removed, or says when it was published."""
-        column = attributes.get(PUBLISHED)
-        told = [{"item_id": item["item_id"]} for item in items]
-        come = [row >= len(self) or not bool(self.alive[row]) for row in rows]
-        for fields, item, row, new in zip(told, items, rows, come, strict=True):
-            if column is not None and (new or PUBLISHED in item):
-                fields[PUBLISHED] = column[row]
-        published = publications(told)
-        return {
-            row: moment if time is None else time
-            for row, time, new in zip(rows, published, come, strict=True)
-            if new or time is not None
-        }
-
-    def without(self, ids: Sequence[str]) -> CatalogueState:
-        """The next state, with items removed.
-
-        Raises:
-            RequestError: an id that is not there; then nothing is removed.
-        """
-        if not ids:
-            return self
-        alive = self.alive.clone()
-        alive[torch.tensor([self.row(id_) for id_ in ids])] = False
-        return self._next(alive=alive)
-
-    def _next(self, **changes: Any) -> CatalogueState:
+    def following(self, **changes: Any) -> CatalogueState:
+        """The next state, with other values of some attributes, and an index of them."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__} | changes
         values["generation"] = self.generation + 1
         values["index"] = build_index(self.index, values["ready"], values["alive"])
@@ -244,10 +165,3 @@ class CatalogueState:
 def build_index(like: Index, ready: Tensor, alive: Tensor) -> Index:
     """A new index of the same kind that never finds what is not alive."""
     return like.build(ready, ~alive)
-
-
-def _display(fields: Mapping[str, Any], text: str, id_: str) -> str:
-    for name in ("title", "name"):
-        if isinstance(fields.get(name), str) and fields[name].strip():
-            return str(fields[name]).strip()
-    return (text if len(text) <= _DISPLAY_LENGTH else text[: _DISPLAY_LENGTH - 1].rstrip() + "…") or id_

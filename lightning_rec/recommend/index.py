@@ -50,6 +50,9 @@ class Index(ABC):
         """
         return self.build(vectors, dead)
 
+    def prepare(self) -> None:  # noqa: B027  # most have nothing to make beforehand
+        """Makes now what would be made in the background after some searches."""
+
     @abstractmethod
     def search(self, interest: Tensor, k: int, excluded: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The best items of each of ``b`` users.
@@ -69,21 +72,30 @@ class ExactIndex(Index):
     """One matrix product and a selection of the highest: nothing is missed.
 
     A few users at a time over a large catalogue are answered by a first look in eight bits, with the same answers, once
-    that has been prepared in the background; see :mod:`lightning_rec.recommend.coarse`.
+    that has been prepared in the background; see :mod:`lightning_rec.recommend.coarse`. An index that is built by
+    another one takes over what that had prepared. Of equal scores the lower row comes first.
 
     Args:
         vectors: ``(n, d)`` item vectors, row 0 padding.
         dead: ``(n,)`` True where a row must never come, or None.
+        preparation: the first look at these vectors; None: a new one.
     """
 
-    def __init__(self, vectors: Tensor | None = None, dead: Tensor | None = None) -> None:
+    def __init__(
+        self, vectors: Tensor | None = None, dead: Tensor | None = None, preparation: Preparation | None = None
+    ) -> None:
         self.vectors = torch.zeros(1, 1) if vectors is None else vectors
         self._dead = None if dead is None or not bool(dead.any()) else dead.nonzero()[:, 0]
-        self.preparation = Preparation(self.vectors)
+        self.preparation = Preparation(self.vectors) if preparation is None else preparation
 
     def build(self, vectors: Tensor, dead: Tensor | None = None) -> ExactIndex:
         """See :class:`Index`."""
-        return ExactIndex(vectors, dead)
+        return ExactIndex(vectors, dead, self.preparation.following(vectors))
+
+    def prepare(self) -> None:
+        """See :class:`Index`."""
+        self.preparation.begin()
+        self.preparation.wait()
 
     @torch.inference_mode()
     def search(self, interest: Tensor, k: int, excluded: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -121,7 +133,7 @@ class ExactIndex(Index):
         left_out = [torch.cat([*dead, *more]) if dead or more else None for more in given]
         parts = []
         with one_thread():
-            candidates = coarse.candidates(interest, k, left_out)
+            candidates = coarse.candidates(interest, k, left_out, len(self.vectors))
             if candidates is None:
                 return None
             for vector, rows in zip(interest, candidates, strict=True):
@@ -141,7 +153,7 @@ def mask(scores: Tensor, excluded: Sequence[Tensor] | None) -> None:
 
 
 def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` highest of each row, sorted; where they are ``-inf``, the row number is 0.
+    """The ``k`` highest of each row, sorted, equal ones by column; where they are ``-inf``, the column number is 0.
 
     For many users the maxima of blocks of items are looked at first: the ``k`` highest scores lie in the ``k`` blocks
     with the highest maxima, so only these are sorted. On a CPU that halves the time.
@@ -155,15 +167,31 @@ def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     b, n = scores.shape
     blocks = n // _BLOCK
-    if b < 8 or blocks < 4 * k or scores.device.type != "cpu":
-        found, columns = scores.topk(k, dim=1)
+    taken = min(k + 1, n)  # one more shows whether the last one has equals that were left out
+    if b < 8 or blocks < 4 * taken or scores.device.type != "cpu":
+        found, columns = scores.topk(taken, dim=1)
     else:
         whole = scores[:, : blocks * _BLOCK].view(b, blocks, _BLOCK)
-        chosen = whole.amax(2).topk(k, dim=1).indices
+        chosen = whole.amax(2).topk(taken, dim=1).indices
         inside = whole.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).view(b, -1)
         tail = scores[:, blocks * _BLOCK :]
-        found, places = torch.cat([inside, tail], dim=1).topk(k, dim=1)
+        found, places = torch.cat([inside, tail], dim=1).topk(taken, dim=1)
         in_tail = places >= inside.shape[1]
-        block = chosen.gather(1, (places // _BLOCK).clamp_max(k - 1))
+        block = chosen.gather(1, (places // _BLOCK).clamp_max(taken - 1))
         columns = torch.where(in_tail, places - inside.shape[1] + blocks * _BLOCK, block * _BLOCK + places % _BLOCK)
+    equal = (found[:, 1:] == found[:, :-1]) & (found[:, 1:] > -torch.inf)
+    if bool(equal.any()):
+        if taken > k:
+            for row in equal[:, -1].nonzero()[:, 0].tolist():
+                columns[row] = _first(scores[row], found[row, -1], taken)
+        columns = columns.sort(dim=1).values
+        found, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+        columns = columns.gather(1, order)
+    found, columns = found[:, :k], columns[:, :k]
     return found, columns.masked_fill(found == -torch.inf, 0)
+
+
+def _first(scores: Tensor, least: Tensor, k: int) -> Tensor:
+    """The columns of the ``k`` highest scores, of which ``least`` is the last, and of its equals the first ones."""
+    above = (scores > least).nonzero()[:, 0]
+    return torch.cat([above, (scores == least).nonzero()[: k - len(above), 0]])

@@ -78,17 +78,22 @@ class Lives:
                 stacklevel=4,
             )
 
-    def with_born(self, moments: Mapping[int, int], n: int) -> Lives:
+    def with_born(self, moments: Mapping[int, int | None], n: int, first: Lives | None = None) -> Lives:
         """With other births.
 
         Args:
-            moments: row -> seconds since 1970.
+            moments: row -> seconds since 1970, None for what the row had at first.
             n: how many rows there are now.
+            first: the lives at first; None: these.
         """
+        first = self if first is None else first
         added = self.born.new_full((n - len(self.born),), _NEVER)
         born, dies = torch.cat([self.born, added]), torch.cat([self.dies, added])
         life = int(self.max_age * _HOUR) if self.max_age * _HOUR < 2.0**62 else None
         for row, moment in moments.items():
+            if moment is None:
+                born[row], dies[row] = first.born[row], first.dies[row]
+                continue
             born[row] = moment
             dies[row] = _NEVER if life is None else moment + life
         return replace(self, born=born, dies=dies)

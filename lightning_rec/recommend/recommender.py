@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,16 +14,17 @@ from torch import Tensor
 from lightning_rec.recommend.ann import interests_of_users
 from lightning_rec.recommend.artefact import Artefact
 from lightning_rec.recommend.catalogue_state import CatalogueState, build_index
-from lightning_rec.recommend.checks import check_request, checked_items, is_plain
-from lightning_rec.recommend.index import ExactIndex, Index, highest
+from lightning_rec.recommend.checks import check_request, is_plain
+from lightning_rec.recommend.index import Index, highest
 from lightning_rec.recommend.interests import Interest, InterestReader
+from lightning_rec.recommend.live_catalogue import LiveCatalogue
 from lightning_rec.recommend.repeats import repeat_bonus, search
 from lightning_rec.recommend.rerank import Quota, diversify, matching, select
 from lightning_rec.recommend.store import HistoryStore, MemoryStore
-from lightning_rec.recommend.types import Answer, Event, Explanation, Recommended, Request, RequestError
+from lightning_rec.recommend.types import Answer, Event, Explanation, Recommended, Request
 
 
-class Recommender:
+class Recommender(LiveCatalogue):
     """Answers requests from an artefact that ``lightning-rec export`` wrote.
 
     Every method may be called from several threads: a reader works on one state of the catalogue from beginning to end.
@@ -33,8 +33,9 @@ class Recommender:
         artefact: the opened folder.
         index: an empty index of the kind that is wanted; None: exact.
         store: where histories live; None: in memory. The users of the artefact are known whatever the store.
-        now: where the run limits candidates to what is alive (``data.max_age``): the moment of every request, in
-            seconds since 1970; None: the current time. Without such a limit it says nothing.
+        now: the moment of every request, in seconds since 1970; None: the current time. It says something where
+            candidates are limited to what is alive (``max_age``), and where the age or the recent clicks of an item
+            add to its score.
 
     Example::
 
@@ -50,33 +51,20 @@ class Recommender:
         store: HistoryStore | None = None,
         now: int | None = None,
     ) -> None:
-        self.artefact = artefact
-        self.now = now
+        super().__init__(artefact, now)
         self.store = store if store is not None else MemoryStore()
         self.interests = InterestReader(artefact, self.store)
-        self._writing = threading.Lock()
-        raw, ready = artefact.raw_vectors, artefact.vectors
-        alive = torch.ones(len(artefact.ids), dtype=torch.bool)
-        alive[0] = False
-        self._state = CatalogueState(
-            generation=1,
-            ids=artefact.ids,
-            rows={id_: row for row, id_ in enumerate(artefact.ids) if row},
-            texts=artefact.texts,
-            display=artefact.display,
-            attributes=artefact.attributes,
-            raw=raw,
-            ready=ready,
-            counts=artefact.counts,
-            alive=alive,
-            index=ExactIndex(ready, ~alive),
-            lives=artefact.lives,
-        )
-        if index is not None:
+        if index is not None and not index.exact and artefact.context is not None:
+            warnings.warn(
+                "The moment of a request adds to the scores of this artefact (model.age, model.popularity), which an "
+                "approximate index does not know: the exact index answers.",
+                stacklevel=2,
+            )
+        elif index is not None:
             index = index.measured_on(lambda: interests_of_users(artefact, self.interests, self._state))
-            self._state = replace(self._state, index=build_index(index, ready, alive))
+            self._state = replace(self._state, index=build_index(index, self._state.ready, self._state.alive))
         if artefact.lives is not None:
-            artefact.lives.check(alive, self._moment(now), artefact.folder)
+            artefact.lives.check(self._state.alive, self.moment(now), artefact.folder)
 
     @classmethod
     def load(
@@ -100,100 +88,6 @@ class Recommender:
             ArtefactError: a file is missing, foreign or altered; it is named.
         """
         return cls(Artefact.read(folder, verify=verify), index, store, now)
-
-    # ------------------------------------------------------------------ the catalogue
-
-    @property
-    def state(self) -> CatalogueState:
-        """The catalogue at this moment."""
-        return self._state
-
-    @property
-    def generation(self) -> int:
-        """Number of the catalogue; grows with every change of the items."""
-        return self._state.generation
-
-    @property
-    def n_items(self) -> int:
-        """Number of items that can be recommended."""
-        return self._state.n_items
-
-    def item(self, id_: str) -> dict[str, Any]:
-        """The fields of an item.
-
-        Raises:
-            RequestError: there is no such item.
-        """
-        state = self._state
-        row = state.row(id_)
-        fields = {name: column[row] for name, column in state.attributes.items() if column[row] is not None}
-        return {"item_id": id_, "text": state.display[row], **fields}
-
-    def add_items(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Adds items, which text towers encode at once. An item that is there already is refused.
-
-        Args:
-            rows: fields of each item, ``item_id`` among them.
-
-        Returns:
-            The generation of the new catalogue.
-
-        Raises:
-            RequestError: no or a repeated ``item_id``, an item that is there already, or towers that read no text.
-                Then nothing is added.
-        """
-        with self._writing:
-            state = self._state
-            present = [item["item_id"] for item in checked_items(rows) if state.living([item["item_id"]])[0]]
-            if present:
-                raise RequestError(
-                    f"The catalogue already has {present[0]!r}.", "item_exists", "Change it with update_items."
-                )
-            return self._become(self._with(state, rows))
-
-    def update_items(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Changes fields of items; fields that a row does not name stay. Text towers encode the new text at once.
-
-        An item whose text changes is then known by its new text alone, also where the tower has an id vector for it
-        (``TextIdItemTower``, ``SideIdItemTower``, ``BiasItemTower``): what that said of the old one is lost until the
-        next fit. A change of fields that are not in the text leaves the vector as it is.
-
-        Returns:
-            The generation of the new catalogue.
-
-        Raises:
-            RequestError: no or a repeated ``item_id``, an unknown item, or towers that read no text.
-        """
-        with self._writing:
-            state = self._state
-            for item in checked_items(rows):
-                state.row(item["item_id"])
-            return self._become(self._with(state, rows))
-
-    def remove_items(self, ids: Sequence[str]) -> int:
-        """Takes items out of all later answers. Histories that hold them are still read.
-
-        Returns:
-            The generation of the new catalogue.
-
-        Raises:
-            RequestError: an unknown item. Then nothing is removed.
-        """
-        with self._writing:
-            return self._become(self._state.without(list(dict.fromkeys(ids))))
-
-    def _with(self, state: CatalogueState, rows: Sequence[Mapping[str, Any]]) -> CatalogueState:
-        artefact = self.artefact
-        return state.with_items(rows, artefact.item_text, artefact.encode_texts, artefact.ready, self._moment(None))
-
-    def _moment(self, now: int | None) -> int:
-        if now is None:
-            now = self.now
-        return int(time.time()) if now is None else now
-
-    def _become(self, state: CatalogueState) -> int:
-        self._state = state
-        return state.generation
 
     # ------------------------------------------------------------------ users
 
@@ -261,7 +155,7 @@ class Recommender:
 
     @torch.inference_mode()
     def _answer(self, requests: list[Request], now: int | None) -> list[Answer]:
-        state = self._state.at(self._moment(now))  # one catalogue for the whole batch
+        state = self._state.at(self.moment(now))  # one catalogue for the whole batch
         for request in requests:
             self._check(request, state)
         interests = self.interests.read(requests, state)
@@ -337,7 +231,7 @@ class Recommender:
     def _scores(interest: Interest, state: CatalogueState, rows: Tensor) -> Tensor:
         if interest.vector is None:
             return state.popularity.vectors[rows, 0]
-        return state.ready[rows] @ interest.vector + repeat_bonus(interest, rows)
+        return state.scores(interest.vector, rows) + repeat_bonus(interest, rows)
 
     @staticmethod
     def _explored(request: Request, interest: Interest, plain: Tensor, state: CatalogueState, rows: Tensor) -> Tensor:
@@ -345,11 +239,13 @@ class Recommender:
             return plain + request.exploration * state.last_layer.deviation[rows]
         if request.explore == "thompson" and interest.vector is not None:
             drawn = state.last_layer.draw(interest.vector, request.exploration, request.seed)
-            return state.ready[rows] @ drawn + repeat_bonus(interest, rows)
+            return state.scores(drawn, rows) + repeat_bonus(interest, rows)
         return plain
 
     def _excluded(self, request: Request, interest: Interest, state: CatalogueState) -> Tensor:
-        filter_seen = self.artefact.manifest.filter_seen if request.filter_seen is None else request.filter_seen
+        filter_seen = self.artefact.filters_seen(request.candidates is not None)
+        if request.filter_seen is not None:
+            filter_seen = request.filter_seen
         rows = list(interest.seen) if filter_seen else []
         rows.extend(state.rows[id_] for id_ in request.exclude if id_ in state.rows)
         return torch.tensor(rows, dtype=torch.int64)
@@ -370,12 +266,13 @@ class Recommender:
 
     @torch.inference_mode()
     def score(self, request: Request, item_ids: Sequence[str]) -> Tensor:
-        """``(len,)`` plain scores of items for a request: float32 dot products, or training counts for popularity.
+        """``(len,)`` plain scores of items for a request: float32 dot products (and what the moment adds to them), or
+        training counts for popularity.
 
         Raises:
             RequestError: an unknown item, or a request that does not fit.
         """
-        state = self._state
+        state = self._state.at(self.moment())
         self._check(request, state)
         rows = torch.tensor([state.row(id_) for id_ in item_ids], dtype=torch.int64)
         return self._scores(self.interests.read([request], state)[0], state, rows).float()

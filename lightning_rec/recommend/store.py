@@ -1,4 +1,4 @@
-"""Where the histories of users live: the interface, and the simplest implementation."""
+"""Where the histories of users live, and what was changed of items: the interface, and the simplest implementation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lightning_rec.recommend.types import Event
 
 
 class HistoryStore(ABC):
-    """Keeps what each user did. Every method may be called from several threads at once."""
+    """Keeps what each user did, and what services changed of items.
+
+    Every method may be called from several threads at once.
+    """
 
     #: What the methods raise when the store is away, full or locked.
     failures: tuple[type[Exception], ...] = ()
@@ -52,6 +55,31 @@ class HistoryStore(ABC):
     def users(self, limit: int) -> list[str]:
         """Up to ``limit`` users with at least one event."""
 
+    @abstractmethod
+    def item_changes(self, after: int = 0) -> tuple[int, dict[str, str]]:
+        """What is noted of items, apart from all users: one text an item, its newest.
+
+        Args:
+            after: only what was written after the write with this number.
+
+        Returns:
+            The number of the newest write, 0 before there is one; and the texts by raw id. A write comes as a whole or
+            not at all.
+        """
+
+    @abstractmethod
+    def write_item_changes(self, texts: Mapping[str, str], last: int) -> int:
+        """Notes something of items, in the place of what was noted of them; durable as events are.
+
+        Args:
+            texts: a text for each raw id.
+            last: number of the newest write that the caller knows.
+
+        Returns:
+            The number of this write, ``last + 1``; 0 where somebody else has written since ``last``, and nothing is
+            written.
+        """
+
     def close(self) -> None:  # noqa: B027  # a store in memory holds nothing open
         """Lets go of files and connections. Nothing to do by default."""
 
@@ -66,6 +94,8 @@ class MemoryStore(HistoryStore):
     def __init__(self, histories: Mapping[str, Sequence[Event]] | None = None) -> None:
         self._events: dict[str, list[Event]] = {}
         self._ids: dict[str, set[str]] = {}
+        self._notes: dict[str, tuple[int, str]] = {}
+        self._last = 0
         self._lock = threading.Lock()
         for user, events in (histories or {}).items():
             self.append(user, events)
@@ -112,3 +142,17 @@ class MemoryStore(HistoryStore):
         """See :class:`HistoryStore`."""
         with self._lock:
             return list(self._events)[:limit]
+
+    def item_changes(self, after: int = 0) -> tuple[int, dict[str, str]]:
+        """See :class:`HistoryStore`."""
+        with self._lock:
+            return self._last, {item: text for item, (number, text) in self._notes.items() if number > after}
+
+    def write_item_changes(self, texts: Mapping[str, str], last: int) -> int:
+        """See :class:`HistoryStore`."""
+        with self._lock:
+            if last != self._last:
+                return 0
+            self._last += 1
+            self._notes.update((item, (self._last, text)) for item, text in texts.items())
+            return self._last

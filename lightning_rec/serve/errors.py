@@ -87,6 +87,13 @@ def store_unavailable() -> ServiceError:
     return ServiceError(503, body["code"], body["message"], body["remedy"], _AGAIN)
 
 
+def items_pending() -> ServiceError:
+    """What is told while the changes of items that the store has are being applied, after a start."""
+    return ServiceError(
+        503, "items_pending", "The changes of items that the store has are being applied.", "Come again in 1 s.", _AGAIN
+    )
+
+
 def of_request(error: RequestError) -> Response:
     """The response to a refused request."""
     headers = _AGAIN if error.code == STORE_UNAVAILABLE else None

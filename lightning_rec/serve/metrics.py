@@ -177,11 +177,19 @@ class Metrics:
         )
         self.events = Counter(name + "events", "Events taken, new or sent again.", ["kind"], registry=self.registry)
         self.reloads = Counter(name + "reloads", "Changes of the artefact.", ["result"], registry=self.registry)
+        self.item_changes = Counter(
+            name + "item_changes",
+            "Items changed by calls, by other replicas, or in vain.",
+            ["kind"],
+            registry=self.registry,
+        )
         self.artefact = Info(name + "artefact", "The artefact that serves.", registry=self.registry)
         for path in ("towers", "text", "popularity"):
             self.answers.labels(path)
         for result in ("done", "failed"):
             self.reloads.labels(result)
+        for kind in ("made", "followed", "refused"):
+            self.item_changes.labels(kind)
         for what, told, value in (
             ("items", "Items that can be recommended.", lambda: self._current().n_items),
             ("generation", "Number of the catalogue.", lambda: self._current().generation),
@@ -199,6 +207,10 @@ class Metrics:
         compared = answer.path == "towers" and answer.items and request.candidates is None and not request.where
         with self._lock:
             self.window.add(answer, answer.items[0].score if compared else None)
+
+    def items_changed(self, kind: str, items: int) -> None:
+        """Counts items that were changed; see :class:`~lightning_rec.serve.item_log.ItemLog` for the kinds."""
+        self.item_changes.labels(kind).inc(items)
 
     def new_artefact(self, reference: Reference | None, name: str, created: str) -> None:
         """What was counted of the old artefact says nothing of the new one."""

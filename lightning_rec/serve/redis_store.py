@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_rec.recommend.store import HistoryStore
@@ -28,6 +28,30 @@ local gone = redis.call("ZCARD", KEYS[1])
 redis.call("DEL", KEYS[1], KEYS[2], KEYS[3])
 return gone
 """
+# KEYS: numbers, contents, last. ARGV: the number after which.
+_CHANGES = """
+local found = {redis.call("GET", KEYS[3]) or "0"}
+for _, item in ipairs(redis.call("ZRANGEBYSCORE", KEYS[1], "(" .. ARGV[1], "+inf")) do
+    found[#found + 1] = item
+    found[#found + 1] = redis.call("HGET", KEYS[2], item)
+end
+return found
+"""
+# KEYS: the same. ARGV: the newest number that the caller knows, item, content, item, content, ...
+_CHANGE = """
+local last = redis.call("GET", KEYS[3]) or "0"
+if last ~= ARGV[1] then
+    return 0
+end
+local number = redis.call("INCR", KEYS[3])
+for n = 2, #ARGV, 2 do
+    redis.call("ZADD", KEYS[1], number, ARGV[n])
+    redis.call("HSET", KEYS[2], ARGV[n], ARGV[n + 1])
+end
+return number
+"""
+#: In the place of a user in the keys of what was changed of items; no client can name it, since ids have no NUL.
+_ITEMS = "\0items"
 _NUMBER = 16  # digits before the JSON of an event: equal times stay in the order of arrival
 
 
@@ -59,6 +83,8 @@ class RedisStore(HistoryStore):
         self._client = client
         self._append = client.register_script(_APPEND)
         self._delete = client.register_script(_DELETE)
+        self._changes = client.register_script(_CHANGES)
+        self._change = client.register_script(_CHANGE)
         client.ping()
 
     def _keys(self, user: str) -> list[str]:
@@ -67,6 +93,11 @@ class RedisStore(HistoryStore):
         nothing = not user or user.startswith("}")
         own = f"{self.prefix}::{{%{user}}}" if nothing else f"{self.prefix}:{{{user}}}"
         return [f"{own}:events", f"{own}:ids", f"{own}:count"]
+
+    @property
+    def _item_keys(self) -> list[str]:
+        own = f"{self.prefix}:{{{_ITEMS}}}"
+        return [f"{own}:numbers", f"{own}:contents", f"{own}:last"]
 
     @property
     def _users(self) -> str:
@@ -130,6 +161,17 @@ class RedisStore(HistoryStore):
                 break
             found.append(member.decode() if isinstance(member, bytes) else member)
         return found
+
+    def item_changes(self, after: int = 0) -> tuple[int, dict[str, str]]:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
+        last, *found = self._changes(keys=self._item_keys, args=[after])
+        texts = [part.decode() if isinstance(part, bytes) else part for part in found]
+        return int(last), dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def write_item_changes(self, texts: Mapping[str, str], last: int) -> int:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
+        arguments = [part for pair in texts.items() for part in pair]
+        return int(self._change(keys=self._item_keys, args=[last, *arguments]))
 
     def close(self) -> None:
         """Closes the connections."""

@@ -15,12 +15,13 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from lightning_rec.recommend import types
-from lightning_rec.recommend.recommender import Recommender
+from lightning_rec.recommend.item_changes import additions, removals, updates
 from lightning_rec.serve import schemas
-from lightning_rec.serve.errors import ServiceError, as_json, store_unavailable, told
+from lightning_rec.serve.errors import ServiceError, as_json, items_pending, store_unavailable, told
 from lightning_rec.serve.forgotten import ENTRY
+from lightning_rec.serve.item_log import Make
 from lightning_rec.serve.page_files import page_files
-from lightning_rec.serve.service import Service
+from lightning_rec.serve.service import LOOK_FOR_ITEMS, Service
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ItemId = Annotated[schemas.Id, Path(description="Raw id; it may hold any character but NUL, slashes too.")]
@@ -168,16 +169,16 @@ def _bounded(name: str, value: int, most: int) -> None:
 
 
 _LASTS = (
-    "The change lives in the memory of the one process that answers this call, until it restarts or loads an artefact: "
-    "other replicas do not learn of it, so tell each of them. To keep a change, fit and export again with it in the "
-    "data, and reload."
+    "The change is in the store of histories before this call is answered: it outlasts restarts and reloads, and other "
+    f"replicas of the store follow within {LOOK_FOR_ITEMS:g} s and the time it takes to encode new texts (with the "
+    "store `memory:` it ends with the process). It also holds for newer artefacts: their items keep the fields that "
+    "were given here, and an item that was removed stays away until it is added again."
 )
 
 
 def _add_items(api: FastAPI, service: Service) -> None:
-    async def change(call: Call, work: Callable[[Recommender], int], items: int) -> Response:
-        recommender = service.served.recommender  # looked at once: another may take over in between
-        generation = await anyio.to_thread.run_sync(work, recommender, limiter=service.heavy)
+    async def change(call: Call, make: Make, items: int) -> Response:
+        recommender, generation = await anyio.to_thread.run_sync(service.change_items, make, limiter=service.heavy)
         call.state.said["items"] = items
         return as_json({"generation": generation, "items": recommender.n_items})
 
@@ -192,8 +193,8 @@ def _add_items(api: FastAPI, service: Service) -> None:
     @needs("admin")
     async def add_items(call: Call, body: schemas.Items) -> Response:
         """Adds items, which can be recommended at once."""
-        rows = [item.to_row() for item in body.items]
-        return await change(call, lambda recommender: recommender.add_items(rows), len(rows))
+        rows, moment = [item.to_row() for item in body.items], service.served.recommender.moment()
+        return await change(call, lambda state: additions(state, rows, moment), len(rows))
 
     @api.put(
         "/v1/items",
@@ -205,13 +206,13 @@ def _add_items(api: FastAPI, service: Service) -> None:
     async def update_items(call: Call, body: schemas.Items) -> Response:
         """Changes fields of items; those that are not named stay."""
         rows = [item.to_row() for item in body.items]
-        return await change(call, lambda recommender: recommender.update_items(rows), len(rows))
+        return await change(call, lambda state: updates(state, rows), len(rows))
 
     @api.delete("/v1/items", tags=["items"], description="Takes items out of all later answers. " + _LASTS, **_V1)
     @needs("admin")
     async def remove_items(call: Call, body: schemas.ItemIds) -> Response:
         """Takes items out of all later answers."""
-        return await change(call, lambda recommender: recommender.remove_items(body.ids), len(body.ids))
+        return await change(call, lambda state: removals(state, body.ids), len(body.ids))
 
     @api.delete(
         "/v1/items/{item_id:path}",
@@ -222,7 +223,7 @@ def _add_items(api: FastAPI, service: Service) -> None:
     @needs("admin")
     async def remove_item(call: Call, item_id: _ItemId) -> Response:
         """Takes one item out of all later answers."""
-        return await change(call, lambda recommender: recommender.remove_items([item_id]), 1)
+        return await change(call, lambda state: removals(state, [item_id]), 1)
 
 
 def _add_users(api: FastAPI, service: Service) -> None:
@@ -289,7 +290,9 @@ def _add_operation(api: FastAPI, service: Service) -> None:
     @api.get("/readyz", tags=["operation"], responses={503: _FAILURES[503]})
     @needs(None)
     async def readyz(call: Call) -> Response:
-        """It can answer: the artefact is loaded, and the store of histories is there."""
+        """It can answer: the artefact is loaded, the store is there, and its changes of items are applied."""
+        if not service.holder.ready.is_set():
+            raise items_pending()
         try:
             with anyio.fail_after(5):
                 await anyio.to_thread.run_sync(service.holder.store.read, ENTRY, 1, abandon_on_cancel=True)

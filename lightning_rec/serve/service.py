@@ -14,6 +14,7 @@ from lightning_rec.recommend.recommender import Recommender
 from lightning_rec.recommend.types import Request
 from lightning_rec.serve.batching import Batcher
 from lightning_rec.serve.errors import ServiceError
+from lightning_rec.serve.item_log import Make
 from lightning_rec.serve.logs import LOG, Mask
 from lightning_rec.serve.metrics import Metrics
 from lightning_rec.serve.reload import Holder, Served
@@ -21,6 +22,8 @@ from lightning_rec.serve.settings import Settings
 
 #: Seconds between looks for users that another replica was asked to forget.
 _LOOK = 30.0
+#: Seconds between looks for items that another replica changed.
+LOOK_FOR_ITEMS = 2.0
 
 
 class Service:
@@ -44,8 +47,8 @@ class Service:
     ) -> None:
         self.settings = settings
         self.mask = mask
-        self.holder = Holder(recommender, index, settings.verify, settings.warm_up)
         self.metrics = Metrics(settings.window, lambda: self.holder.served.recommender)
+        self.holder = Holder(recommender, index, settings.verify, settings.warm_up, self.metrics.items_changed)
         self._close_store = close_store
 
         def batcher(name: str) -> Batcher:
@@ -111,14 +114,40 @@ class Service:
         self.holder.forgotten.add(user)
         return self.served.recommender.forget(user)
 
-    async def watch(self) -> None:
-        """Looks from time to time for users that other replicas forgot."""
+    def change_items(self, make: Make) -> tuple[Recommender, int]:
+        """Changes items for good, on all replicas of the store.
+
+        Args:
+            make: the change, given the catalogue; it may be asked several times.
+
+        Returns:
+            The recommender that serves, and the generation of its catalogue.
+
+        Raises:
+            RequestError: the change does not fit. Then nothing is changed.
+        """
         while True:
-            await anyio.sleep(_LOOK)
+            served = self.served
+            generation = served.items.change(make)
+            if generation is not None:
+                return served.recommender, generation
+
+    async def watch(self) -> None:
+        """Looks from time to time for users that other replicas forgot, and for items that they changed."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(
+                self._again, _LOOK, lambda: self.holder.forgotten.apply(self.served.recommender), "whom to forget"
+            )
+            tasks.start_soon(self._again, LOOK_FOR_ITEMS, self.holder.follow, "which items were changed")
+
+    @staticmethod
+    async def _again(seconds: float, look: Callable[[], object], what: str) -> None:
+        while True:
+            await anyio.sleep(seconds)
             try:
-                await anyio.to_thread.run_sync(self.holder.forgotten.apply, self.served.recommender)
+                await anyio.to_thread.run_sync(look)
             except Exception:  # the store may be away for a while
-                LOG.exception("The store could not be asked whom to forget.")
+                LOG.exception(f"The store could not be asked {what}.")
 
     def close(self) -> None:
         """Answers what waits and lets go of the store."""

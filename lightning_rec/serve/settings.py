@@ -17,10 +17,11 @@ class Settings:
         keys: a file of API keys, one a line as ``KEY SCOPE,SCOPE`` with the scopes ``read``, ``events`` and ``admin``,
             readable by its owner only. None: the environment variable ``LIGHTNING_REC_KEYS``, with the same lines
             separated by line ends or semicolons; without either everybody on this machine may do everything.
-        store: where histories live: ``sqlite:FILE``, ``redis://HOST:PORT/DB``, or ``memory:`` (gone with the process).
+        store: where histories live, and what calls changed of items: ``sqlite:FILE``, ``redis://HOST:PORT/DB``, or
+            ``memory:`` (gone with the process).
         index: ``exact``, or ``hnsw`` or ``ivfpq`` (need the extra ``index``).
-        now: for a demonstration over old data, where the run limited candidates to what was alive: the moment of every
-            request, in seconds since 1970 or as an ISO date and time. None: the time of the request.
+        now: for a demonstration over old data, where answers hold what was alive or age and clicks add to scores: the
+            moment of every request, in seconds since 1970 or as an ISO date and time. None: the time of the request.
         verify: check every file of the artefact against its manifest when it is loaded.
         warm_up: load the language model in the background after the start, and before a new artefact takes over;
             False: with the first text.

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,10 @@ CREATE TABLE IF NOT EXISTS events (
 );
 CREATE INDEX IF NOT EXISTS events_of_user ON events (user, time, seq);
 CREATE UNIQUE INDEX IF NOT EXISTS event_ids ON events (user, id) WHERE id IS NOT NULL;
+CREATE TABLE IF NOT EXISTS item_changes (item TEXT PRIMARY KEY, number INTEGER NOT NULL, content TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS item_changes_by_number ON item_changes (number);
 """
+_LAST = "SELECT coalesce(max(number), 0) FROM item_changes"
 
 
 @dataclass(eq=False)
@@ -202,6 +205,36 @@ class SQLiteStore(HistoryStore):
         with self._reader() as reader:
             found = reader.execute("SELECT DISTINCT user FROM events LIMIT ?", (max(limit, 0),)).fetchall()
         return [row[0] for row in found]
+
+    def item_changes(self, after: int = 0) -> tuple[int, dict[str, str]]:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`."""
+        with self._reader() as reader:
+            reader.execute("BEGIN")  # both questions see the file as it was at one moment
+            try:
+                last = int(reader.execute(_LAST).fetchone()[0])
+                found = reader.execute("SELECT item, content FROM item_changes WHERE number > ?", (after,)).fetchall()
+            finally:
+                reader.execute("COMMIT")
+        return last, dict(found)
+
+    def write_item_changes(self, texts: Mapping[str, str], last: int) -> int:
+        """See :class:`~lightning_rec.recommend.store.HistoryStore`; on the disk when it returns."""
+        with self._writing:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                if int(self._writer.execute(_LAST).fetchone()[0]) != last:
+                    self._writer.execute("ROLLBACK")
+                    return 0
+                self._writer.executemany(
+                    "INSERT OR REPLACE INTO item_changes (item, number, content) VALUES (?, ?, ?)",
+                    [(item, last + 1, text) for item, text in texts.items()],
+                )
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+            return last + 1
 
     def close(self) -> None:
         """Closes all connections."""

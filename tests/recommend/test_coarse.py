@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import threading
+import weakref
+
 import pytest
 import torch
 
@@ -96,7 +101,7 @@ def test_nothing_is_prepared_for_what_is_not_finite_or_many_users() -> None:
     vectors = _catalogue(2000, 8, 3)
     index = ExactIndex(vectors)
     index.search(_catalogue(FEW_USERS + 1, 8, 4), 3)
-    assert index.preparation._thread is None
+    assert not index.preparation._looks
     vectors[7, 0] = torch.inf
     broken = ExactIndex(vectors)
     broken.search(vectors[1:2], 1)
@@ -108,4 +113,145 @@ def test_small_catalogues_are_left_alone() -> None:
     index = ExactIndex(_catalogue(2000, 8, 3))
     for _ in range(2 * coarse._PATIENCE):
         index.search(index.vectors[1:2], 1)
-    assert index.preparation._thread is None
+    index.prepare()
+    assert not index.preparation._looks
+
+
+def test_who_wants_a_few_answers_does_not_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coarse, "_SMALLEST", 0)
+    index = ExactIndex(_catalogue(2000, 8, 3))
+    for _ in range(coarse._PATIENCE - 1):
+        index.search(index.vectors[1:2], 1)
+    assert not index.preparation._looks
+    index.search(index.vectors[1:2], 1)
+    assert len(index.preparation._looks) == 1
+    index.preparation.wait()
+    assert index.preparation.scan() is not None
+    asked = ExactIndex(_catalogue(2000, 8, 3))
+    asked.prepare()
+    assert asked.preparation.scan() is not None, "the service asks for it before the first search"
+
+
+# ---------------------------------------------------------------------- catalogues that change
+
+
+def _whole(random: random.Random, n: int, d: int) -> torch.Tensor:
+    """Vectors of whole numbers, whose scores are exact in float32, many of them several times."""
+    drawn = torch.tensor([[random.randint(-30, 30) for _ in range(d)] for _ in range(max(1, n // 2))])
+    return drawn[torch.tensor([random.randrange(len(drawn)) for _ in range(n)])].float()
+
+
+def _by_sorting(
+    vectors: torch.Tensor, dead: torch.Tensor, interest: torch.Tensor, k: int, excluded: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = (interest.double() @ vectors.double().t()).float()
+    scores[:, dead] = -torch.inf
+    for row, out in zip(scores, excluded, strict=True):
+        row[out] = -torch.inf
+    scores, rows = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], rows[:, :k].masked_fill(scores[:, :k] == -torch.inf, 0)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_catalogues_have_the_answers_of_a_sort_ties_included(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are added, changed and removed at random; each answer is that of all scores, sorted stably."""
+    random_, d = random.Random(seed), random.Random(seed).choice([4, 16])
+    monkeypatch.setattr(coarse, "_RENEWED", random_.choice([40, 200]))
+    vectors = torch.cat([torch.zeros(1, d), _whole(random_, 1500, d)])
+    dead = torch.zeros(len(vectors), dtype=torch.bool)
+    dead[0] = True
+    index = _ready(vectors, dead)
+    original, looked, begun = CoarseScan.candidates, [], [index.preparation._looks[0].making]
+
+    def spy(self, *args):  # type: ignore[no-untyped-def]
+        looked.append(original(self, *args))
+        return looked[-1]
+
+    monkeypatch.setattr(CoarseScan, "candidates", spy)
+    for _ in range(25):
+        kind = random_.choice(["add", "update", "remove", "nothing"])
+        if kind == "add":
+            more = _whole(random_, random_.choice([1, 3, 60]), d)
+            vectors = torch.cat([vectors, more])
+            dead = torch.cat([dead, torch.zeros(len(more), dtype=torch.bool)])
+        elif kind == "update":
+            vectors, rows = vectors.clone(), torch.tensor(random_.sample(range(1, len(vectors)), 5))
+            vectors[rows] = random_.choice([_whole(random_, 5, d), vectors[1:6].clone()])
+        elif kind == "remove":
+            dead = dead.clone()
+            dead[random_.sample(range(1, len(vectors)), 20)] = True
+        index = index.build(vectors, dead)
+        less = dead | (torch.rand(len(vectors), generator=torch.Generator().manual_seed(seed)) < 0.3)
+        b, k = random_.choice([1, 2, FEW_USERS, FEW_USERS + 3]), random_.choice([1, 10, 50])
+        interest = _whole(random_, b, d)
+        excluded = [
+            torch.tensor(random_.sample(range(1, len(vectors)), random_.choice([0, 30]))).long() for _ in interest
+        ]
+        for one, out in ((index, dead), (index.limited(vectors, less), less)):
+            assert one.preparation is index.preparation, "the same vectors"
+            scores, rows = one.search(interest, k, excluded)
+            wanted_scores, wanted_rows = _by_sorting(vectors, out, interest, k, excluded)
+            assert torch.equal(scores, wanted_scores)
+            assert torch.equal(rows, wanted_rows)
+        if random_.random() < 0.5:
+            index.preparation.wait()
+        begun.extend(look.making for look in index.preparation._looks if look.making not in begun)
+        assert len(index.preparation._looks) <= 2
+        assert sum(look.making.under_way for look in index.preparation._looks) <= 1
+    assert len(begun) > 1, "it was prepared anew"
+    assert sum(rows is not None for rows in looked) > 8, "the first look answered"
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_removal_keeps_what_is_prepared_and_a_few_changes_too() -> None:
+    vectors = _catalogue(3000, 8, 5)
+    index = _ready(vectors)
+    making = index.preparation._looks[0].making
+    dead = torch.zeros(3000, dtype=torch.bool)
+    dead[5] = True
+    assert index.build(vectors, dead).preparation is index.preparation
+    changed = torch.cat([vectors, vectors[:4] + 1])
+    changed[[9, 7]] += 1
+    next_ = index.build(changed).build(changed.clone())
+    look = next_.preparation.scan()
+    assert look is not None
+    assert look.making is making
+    assert look.stale.tolist() == [7, 9, 3000, 3001, 3002, 3003]
+    assert next_.build(_catalogue(3004, 9, 1)).preparation.scan() is None, "other vectors altogether"
+    assert next_.build(_catalogue(30, 8, 1)).preparation.scan() is None
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_old_one_answers_while_one_is_prepared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many changes in a short time prepare one at a time, and none keeps the vectors of an earlier catalogue."""
+    index = _ready(_catalogue(3000, 8, 5))
+    making, leave = index.preparation._looks[0].making, threading.Event()
+    original = CoarseScan.__init__
+
+    def slow(self, vectors):  # type: ignore[no-untyped-def]
+        assert leave.wait(10)
+        original(self, vectors)
+
+    monkeypatch.setattr(CoarseScan, "__init__", slow)
+    earlier = []
+    for _ in range(5):
+        earlier.append(weakref.ref(index.vectors))
+        index = index.build(torch.cat([index.vectors, _catalogue(40, 8, 6)]))
+        found = index.search(index.vectors[-1:], 5)
+        torch.testing.assert_close(found[0], (index.vectors[-1:] @ index.vectors.t()).topk(5).values)
+        looks = index.preparation._looks
+        assert looks[0].making is making, "it goes on answering"
+        assert len(looks) == 2
+    assert looks[1].stale.tolist() == list(range(3040, 3200)), "what changed since it was begun"
+    leave.set()
+    index.preparation.wait()
+    index.search(index.vectors[-1:], 5)
+    index.preparation.wait()
+    assert index.preparation.scan() is not None
+    assert [len(look.stale) for look in index.preparation._looks] == [0]
+    del looks
+    gc.collect()
+    assert [vectors() for vectors in earlier] == [None] * 5

@@ -49,3 +49,17 @@ def test_no_user_and_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_rec.recommend.index._ELEMENTS", 700)
     parts = ExactIndex(vectors).search(interest, 5)
     torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("b", [1, 9])
+def test_of_equal_scores_the_lower_rows_come_in_order(b: int) -> None:
+    random = torch.Generator().manual_seed(b)
+    scores = torch.randint(0, 40, (b, 128 * 60 + 5), generator=random).float()
+    scores[0, 5:] = -torch.inf
+    for k in (1, 7, 12):
+        found, columns = highest(scores, k)
+        wanted, order = scores.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(found, wanted[:, :k])
+        assert torch.equal(columns, order[:, :k].masked_fill(wanted[:, :k] == -torch.inf, 0))
+    found, columns = highest(torch.zeros(b, 4), 4)
+    assert columns.tolist() == [[0, 1, 2, 3]] * b

@@ -12,6 +12,7 @@ import torch
 
 from lightning_rec.data.batch import UserBatch
 from lightning_rec.recommend import Event, Request, RequestError
+from lightning_rec.recommend.item_changes import additions, removals
 from lightning_rec.recommend.recommender import Recommender
 
 Artefacts = Callable[[str], Path]
@@ -304,13 +305,12 @@ def test_readers_never_see_a_mixture(shop: Recommender) -> None:
     for thread in threads:
         thread.start()
     for number in range(1, 6):
-        state = shop.state.with_items(
-            [{"item_id": f"mark-{number}", "title": "boot"}],
-            shop.artefact.item_text,
-            shop.artefact.encode_texts,
-            shop.artefact.ready,
-        ).without([f"mark-{number - 1}"])
-        shop._become(state)
+        shop.change_items(
+            lambda state, number=number: [
+                *additions(state, [{"item_id": f"mark-{number}", "title": "boot"}], 0),
+                *removals(state, [f"mark-{number - 1}"]),
+            ]
+        )
     stop.set()
     for thread in threads:
         thread.join()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,31 @@ def fitted_artefact(folder: Path, name: str, tiny_bert: str, epochs: int = 1) ->
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> Path:
     """An artefact with a text tower, a recurrent user tower and a cosine score. Not to be changed."""
     return fitted_artefact(tmp_path_factory.mktemp("served"), "text_pooled", tiny_bert)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server of its own, below a new folder."""
+    server = shutil.which("redis-server")
+    if server is None:
+        pytest.skip("redis-server is not installed (Debian: apt install redis-server)")
+    pytest.importorskip("redis", reason="the extra redis is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture

@@ -176,5 +176,9 @@ def test_the_schema_tells_how_long_a_change_of_items_lasts(serve, ask):
     paths = ask(serve(), ("GET", "/openapi.json")).json()["paths"]
     changes = [paths["/v1/items"][method] for method in ("post", "put", "delete")]
     for told in [*changes, paths["/v1/items/{item_id}"]["delete"]]:
-        for words in ("memory of the one process", "other replicas do not learn of it", "export again"):
+        for words in (
+            "outlasts restarts and reloads",
+            "other replicas of the store follow within 2 s",
+            "until it is added again",
+        ):
             assert words in told["description"]

@@ -95,7 +95,7 @@ def test_swaps_under_load_fail_no_call_and_mix_no_catalogues(serve, within, link
         assert starred == {answer["artefact"] == names[1]}, answer
 
 
-def test_histories_outlive_a_swap_and_added_items_do_not(serve, ask, link, other):
+def test_histories_and_changed_items_outlive_a_swap(serve, ask, link, other):
     path, point = link
     app = serve(path)
     event = {"user": "new", "events": [{"item": "t01"}]}
@@ -104,10 +104,10 @@ def test_histories_outlive_a_swap_and_added_items_do_not(serve, ask, link, other
     swapped, answer, item = ask(
         app, ("POST", "/v1/reload"), ("POST", "/v1/recommend", {"user": "new", "k": 1}), ("GET", "/v1/items/n")
     )
-    assert swapped.json()["items"] == 30
+    assert swapped.json()["items"] == 31
     assert answer.json()["path"] == "towers"
     assert answer.json()["artefact"] == swapped.json()["artefact"]
-    assert item.status_code == 404
+    assert item.json() == {"item_id": "n", "text": "new", "title": "new"}
 
 
 def test_a_broken_artefact_leaves_the_old_one_serving(serve, ask, link, other):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,31 +17,6 @@ import pytest
 from lightning_rec.recommend import Event, HistoryStore, MemoryStore
 from lightning_rec.serve.sqlite_store import SQLiteStore
 from lightning_rec.serve.stores import open_store
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real server of its own, below a new folder."""
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.skip("redis-server is not installed (Debian: apt install redis-server)")
-    pytest.importorskip("redis", reason="the extra redis is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen([server, *options], stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
@@ -104,6 +77,43 @@ def test_any_id_will_do(store: HistoryStore, user: str) -> None:
     store.append(user, [Event(item, 1, user or "id")])
     assert store.read(user, 5) == [Event(item, 1, user or "id")]
     assert store.users(5) == [user]
+
+
+def test_what_is_noted_of_items(store: HistoryStore) -> None:
+    assert store.item_changes() == (0, {})
+    assert store.write_item_changes({"a": "1", "ü \u2028 '": '{"x":"😀"}'}, 0) == 1
+    assert store.write_item_changes({"b": "late"}, 0) == 0, "somebody has written since"
+    assert store.write_item_changes({"b": "1"}, 7) == 0, "no such write"
+    assert store.write_item_changes({"a": "2", "c": "1"}, 1) == 2
+    assert store.item_changes() == (2, {"a": "2", "ü \u2028 '": '{"x":"😀"}', "c": "1"})
+    assert store.item_changes(1) == (2, {"a": "2", "c": "1"})
+    assert store.item_changes(2) == store.item_changes(99) == (2, {})
+    assert store.users(10) == []
+    for user in ("", "a", "items", "\0items"):
+        assert store.delete(user) == 0
+        assert store.export(user) == []
+    assert store.item_changes(1)[1] == {"a": "2", "c": "1"}, "no user's data"
+
+
+def test_writers_of_items_at_once_take_turns(store: HistoryStore) -> None:
+    """Each write is of two items with one text, and says what it follows: a reader never sees one of them alone."""
+    wrong: list[object] = []
+
+    def write(name: str) -> None:
+        done = 0
+        while done < 15:
+            last, found = store.item_changes()
+            if len(set(found.values())) > 1:
+                wrong.append(found)
+            done += bool(store.write_item_changes({"left": f"{name}{done}", "right": f"{name}{done}"}, last))
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert store.item_changes()[0] == 30
 
 
 def test_threads_at_once(store: HistoryStore) -> None:
@@ -204,6 +214,44 @@ def test_killed_and_restarted_it_has_every_acknowledged_event_once(tmp_path: Pat
     assert acknowledged <= set(kept)
 
 
+_CHANGER = """
+import sys
+from lightning_rec.serve.sqlite_store import SQLiteStore
+store = SQLiteStore(sys.argv[1])
+for number in range(10**6):
+    assert store.write_item_changes({f"i{number % 50}": str(number), "newest": str(number)}, number)
+    sys.stdout.write(f"{number}\\n"); sys.stdout.flush()
+"""
+
+
+def test_killed_it_has_every_acknowledged_change_of_items(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", _CHANGER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(int(line))
+        if len(seen) == 80:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    last, found = SQLiteStore(path).item_changes()
+    assert last >= 80
+    assert found["newest"] == str(last - 1)
+    assert len(found) == 51
+    assert found[f"i{(last - 1) % 50}"] == str(last - 1)
+
+
+def test_a_file_of_an_older_version_is_used_on(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "events.sqlite")
+    store.append("u", [Event("a", 1)])
+    store._writer.execute("DROP TABLE item_changes")
+    store.close()
+    store = SQLiteStore(tmp_path / "events.sqlite")
+    assert store.write_item_changes({"a": "1"}, 0) == 1
+    assert store.read("u", 5) == [Event("a", 1)]
+
+
 def test_redis_is_shared_by_replicas(redis_url: str) -> None:
     one, two = open_store(redis_url), open_store(redis_url)
     one.append("shared", [Event("a", 1, "x")])
@@ -232,6 +280,8 @@ def test_the_keys_of_a_user_lie_on_one_node_of_a_cluster() -> None:
     keys = [store._keys(user) for user in users]
     for user, own in zip(users, keys, strict=True):
         assert len({crc.key_slot(key.encode()) for key in own}) == 1, user
-    assert len({key for own in keys for key in own}) == 3 * len(users), "no two users share a key"
+    keys.append(store._item_keys)
+    assert len({crc.key_slot(key.encode()) for key in store._item_keys}) == 1
+    assert len({key for own in keys for key in own}) == 3 * len(users) + 3, "no two users share a key"
     assert store._keys("a{b}")[0] == "shop:{a{b}}:events", "what older versions wrote is still found"
     assert len({crc.key_slot(store._keys(f"user{n}")[0].encode()) for n in range(50)}) > 40
