@@ -34,6 +34,7 @@ def export(
     keep_layers: int | None = None,
     quantise: bool = False,
     onnx: bool = False,
+    max_age: float | None = None,
     progress: bool = True,
     root_dir: str | None = None,
 ) -> None:
@@ -46,11 +47,13 @@ def export(
             ``root_dir``. Its data must still be where the run read it.
         output: the new folder, or an artefact to replace as a whole.
         vectors: how item vectors are stored; what float16 and int8 cost in test NDCG@10 is measured and printed.
-        users: export the histories of the users, with their raw ids.
+        users: export the histories of the users, with their raw ids, and the profiles that their texts are made of.
         merge: merge an adapter into the language model, which then loads and answers faster.
         keep_layers: keep so many layers of the item tower's language model; what it saves and costs is printed.
         quantise: store the item tower's language model as int8 and compute with it; likewise.
         onnx: write both towers as ONNX too (needs the extra ``export``).
+        max_age: of a run of impressions: answers hold items of at most so many hours. None: all; a run of interactions
+            has its own limit, ``data.max_age``.
         progress: show progress bars.
         root_dir: where ``best`` and ``last`` look for runs, the ``trainer.default_root_dir`` of the fit.
     """
@@ -72,6 +75,7 @@ def export(
         keep_layers=keep_layers,
         quantise=quantise,
         onnx=onnx,
+        max_age=max_age,
         progress=progress,
     )
 
@@ -106,8 +110,8 @@ def recommend(
         engine: ``local``, or ``ray``: a file of requests or users is answered by Ray Data, with the same answers in the
             same order (needs the extra ``ray``; the cluster is that of ``RAY_ADDRESS``, else this machine).
         workers: most processes of Ray that answer, each with a recommender of its own.
-        now: where the run limited candidates to what was alive (``data.max_age``): the moment of the requests, in
-            seconds since 1970 or as an ISO date and time. None: the time of the answer.
+        now: where answers hold what is alive (``max_age``), or age and clicks add to scores: the moment of the
+            requests, in seconds since 1970 or as an ISO date and time. None: the time of the answer.
     """
     asked = request or Request()
     source = input if input is not None else users
@@ -160,8 +164,8 @@ def explain(
         sentences: other sentences than the usual ones.
         on_bad_rows: a question that cannot be answered ends the command, or gets a row with an ``error``.
         progress: show a progress bar over a file of questions.
-        now: where the run limited candidates to what was alive (``data.max_age``): the moment of the requests, in
-            seconds since 1970 or as an ISO date and time. None: the time of the answer.
+        now: where answers hold what is alive (``max_age``), or age and clicks add to scores: the moment of the
+            requests, in seconds since 1970 or as an ISO date and time. None: the time of the answer.
     """
     asked = request or Request()
     if input is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_rec.data.impressions import Impressions
+if TYPE_CHECKING:  # an artefact is read without the libraries that a log is read with
+    from lightning_rec.data.impressions import Impressions
 
 Int = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -37,9 +38,13 @@ class Ages:
 
     def __call__(self, rows: NDArray[Any], times: Int) -> Float32:
         """Ages of ``rows`` at ``times`` (of one shape), at least 0; NaN where nothing is known."""
-        born = self.born[rows]
-        hours = np.where(np.isinf(born), np.nan, np.maximum(times - born, 0.0) / _HOUR)
-        return hours.astype(np.float32)
+        return hours_since(self.born[rows], times)
+
+
+def hours_since(born: NDArray[np.float64], times: Int | int) -> Float32:
+    """Hours from births to moments, at least 0; NaN where a birth is infinite, that is unknown."""
+    hours = np.where(np.isinf(born), np.nan, np.maximum(times - born, 0.0) / _HOUR)
+    return hours.astype(np.float32)
 
 
 class Popularity:

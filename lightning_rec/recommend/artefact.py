@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_rec.data.batch import CatalogueView, UserBatch
-from lightning_rec.data.text import Template, make_cleaner, user_text
+from lightning_rec.data.text import TITLE_FIELDS, Cleaner, Template, make_cleaner, title_text, user_text
+from lightning_rec.recommend.context import CONTEXT, ScoreContext
+from lightning_rec.recommend.item_reading import FIELDS, FieldReading
 from lightning_rec.recommend.lazy_towers import TOWERS, LazyTowers
 from lightning_rec.recommend.lives import LIVES, Lives
 from lightning_rec.recommend.manifest import MANIFEST, ArtefactError, Manifest, check_digests, check_names
@@ -32,6 +35,8 @@ __all__ = ["FIELD", "ITEMS", "Artefact", "ArtefactError", "Attributes", "Manifes
 ITEMS = "items.parquet"
 #: Stands before the name of a field in the columns of ``items.parquet``.
 FIELD = "field."
+#: The part of the manifest of runs of impressions, and the file with the vector of an article that the catalogue lacks.
+IMPRESSIONS, UNKNOWN = "impressions", "unknown_item.safetensors"
 _PATIENCE = 10.0  # seconds of replacements while an artefact is read
 
 
@@ -71,6 +76,9 @@ class Artefact:
         attributes: field -> one value a row.
         counts: ``(n_rows,)`` int64 training interactions of each row.
         lives: when each row can be recommended; None: always.
+        context: what the moment of a request adds to scores; None: nothing.
+        unknown: ``(d,)`` what the user tower reads of an event whose item the catalogue lacks; None: such events are
+            passed over.
         raw_vectors: ``(n_rows, d)`` float32 item vectors as the user tower reads them; row 0 is zero.
         vectors: ``(n_rows, d)`` float32 item vectors, ready for the product with an interest vector.
         users: the users of the fitted data, or None where they were left out.
@@ -95,6 +103,8 @@ class Artefact:
         counts = torch.from_numpy(table.column("interactions").to_numpy().astype("int64"))
         self.counts = torch.cat([counts.new_zeros(1), counts])
         self.lives = Lives.of(table, manifest.parts[LIVES]) if LIVES in manifest.parts else None
+        self.context = ScoreContext.read(folder, manifest.parts[CONTEXT]) if CONTEXT in manifest.parts else None
+        self.unknown = load_file(folder / UNKNOWN)["vector"] if UNKNOWN in manifest.digests else None
         self.raw_vectors = read_vectors(folder)
         if self.raw_vectors.shape != (len(self.ids), manifest.dim):
             raise ArtefactError(
@@ -187,6 +197,7 @@ class Artefact:
             if manifest.rating_range is None
             else (manifest.rating_range[0], manifest.rating_range[1]),
             rating_mean=manifest.rating_mean,
+            fields={} if self.field_reading is None else self.field_reading.columns(self.attributes),
         )
 
     @property
@@ -243,6 +254,14 @@ class Artefact:
         """``(b,)`` True where the user tower has something to go by."""
         return self.user_tower.knows(users)
 
+    def filters_seen(self, chosen: bool) -> bool:
+        """Whether answers leave out what the history holds, where a request does not say it.
+
+        Args:
+            chosen: the request names its candidates. A run of impressions ranks those as they are, as it was tested.
+        """
+        return self.manifest.filter_seen and not (chosen and IMPRESSIONS in self.manifest.parts)
+
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Raw vectors of items that are known by their text only, as the user tower reads them.
 
@@ -268,19 +287,58 @@ class Artefact:
     # ------------------------------------------------------------------ texts
 
     @cached_property
+    def field_reading(self) -> FieldReading | None:
+        """How the item tower reads the fields of an item; None where it reads the item's text."""
+        part = self.manifest.parts.get(FIELDS)
+        return None if part is None else FieldReading(part["names"], self._cleaner)
+
+    def reading(self, fields: Mapping[str, Any], text: str) -> str:
+        """All that the item tower reads of an item, as one string; :meth:`encode_readings` makes vectors of such.
+
+        Args:
+            fields: of the item.
+            text: the item's own text, see :meth:`item_text`.
+        """
+        return text if self.field_reading is None else self.field_reading.of(fields)
+
+    def encode_readings(self, readings: Sequence[str]) -> Tensor:
+        """Raw vectors of items by what is read of them; see :meth:`encode_texts`, which it is for most towers."""
+        if self.field_reading is None:
+            return self.encode_texts(readings)
+        with self._lock:
+            return self.field_reading.encode(self.item_tower, readings)
+
+    @cached_property
     def _template(self) -> Template | None:
         return None if self.manifest.template is None else Template(self.manifest.template)
+
+    @cached_property
+    def _cleaner(self) -> Cleaner:
+        return make_cleaner(self.manifest.cleaning)
 
     def item_text(self, row: Mapping[str, Any]) -> str:
         """The text of an item: the run's template and cleaning over the fields of ``row``; missing ones are skipped."""
         template = self._template
-        return "" if template is None else template.render(row, make_cleaner(self.manifest.cleaning))
+        return "" if template is None else template.render(row, self._cleaner)
+
+    def item_title(self, row: Mapping[str, Any], text: str) -> str:
+        """What stands for an item in the text of a user, as the run made it: its title, else the beginning of its text.
+
+        Args:
+            row: fields of the item.
+            text: the item's own text, see :meth:`item_text`.
+        """
+        return title_text((row.get(name) for name in TITLE_FIELDS), text, self._cleaner)
+
+    def clean(self, text: str) -> str:
+        """Somebody's own words, cleaned as the run cleaned its texts."""
+        return self._cleaner(text)
 
     def user_text(self, titles: Sequence[str], user: str | None = None) -> str:
         """The text of a user, by the run's template.
 
         Args:
-            titles: titles of the history, oldest first; the newest are used.
+            titles: titles of the history, oldest first, see :meth:`item_title`; the newest are used.
             user: raw id of a user of the fitted data, whose profile and newest reviews go in too; None: only titles.
         """
         template, limit = self.manifest.user_template, self.manifest.user_titles

@@ -47,7 +47,7 @@ def explain(
     Raises:
         RequestError: an unknown item, a request that does not fit, or words without a text tower.
     """
-    state = recommender.state
+    state = recommender.state.at(recommender.moment())
     row = state.row(item)
     recommender.check(request)
     interest = recommender.interests.read([request], state)[0]
@@ -55,24 +55,32 @@ def explain(
     reasons = [] if interest.path != "towers" else _reasons(recommender, request, state, row, score)
     weighed: list[Word] = []
     if words != "none" and interest.vector is not None:
-        from lightning_rec.recommend.words import weigh_words
+        from lightning_rec.recommend.words import weigh_fields, weigh_words
 
-        weighed = weigh_words(recommender.artefact, state.texts[row], interest.vector, words)
-    sentence = (sentences or Sentences()).say(state.display[row], interest.path, reasons, int(state.counts[row]))
+        if words == "occlusion" and recommender.artefact.field_reading is not None:
+            fields = {name: column[row] for name, column in state.attributes.items()}
+            weighed = weigh_fields(recommender.artefact, fields, interest.vector)
+        else:
+            weighed = weigh_words(recommender.artefact, state.texts[row], interest.vector, words)
+    path = "profile" if interest.path == "towers" and not interest.history else interest.path
+    sentence = (sentences or Sentences()).say(state.display[row], path, reasons, int(state.counts[row]))
     return Explanation(item, state.display[row], score, reasons, weighed, sentence)
 
 
 def _score(interest: Interest, state: CatalogueState, row: int) -> float:
     if interest.vector is None:
         return float(state.counts[row])
-    return float(state.ready[row] @ interest.vector + repeat_bonus(interest, torch.tensor(row)))
+    place = torch.tensor(row)
+    return float(state.scores(interest.vector, place) + repeat_bonus(interest, place))
 
 
 def _reasons(recommender: Recommender, request: Request, state: CatalogueState, row: int, score: float) -> list[Reason]:
     """The effect of every item that the user tower read, with all of its events."""
     ids, times = history_of(recommender, request)
-    known = [id_ for id_ in ids if id_ in state.rows]
-    newest = {id_: place for place, id_ in enumerate(known[-recommender.artefact.manifest.max_history :])}
+    # what the catalogue lacks has its place in the history where the run read it, but no name to be told by
+    read = ids if recommender.interests.reads_unknown else [id_ for id_ in ids if id_ in state.rows]
+    places = enumerate(read[-recommender.interests.reach :])
+    newest = {id_: place for place, id_ in places if id_ in state.rows}
     # a tower that reads no text has nothing to say where the last event is left out
     text = request.text if recommender.interests.reads_text else None
     shortened = []
@@ -80,11 +88,14 @@ def _reasons(recommender: Recommender, request: Request, state: CatalogueState, 
         rest = [place for place, other in enumerate(ids) if other != id_]
         moments = None if times is None else [times[place] for place in rest]
         shortened.append(replace(request, history=[ids[place] for place in rest], times=moments, text=text))
+    if not shortened:  # someone known by a profile or a vector alone
+        return []
     found = recommender.interests.read(shortened, state)
     reasons = []
     for (id_, place), interest in zip(newest.items(), found, strict=True):
         # without its only item a user is unknown to the towers, and the dot product with nothing is nothing
-        without = 0.0 if interest.vector is None else _score(interest, state, row)
+        nothing = 0.0 if state.added is None else float(state.added[row])
+        without = nothing if interest.vector is None else _score(interest, state, row)
         reasons.append(Reason(id_, state.display[state.rows[id_]], score - without, place))
     return sorted(reasons, key=lambda reason: -abs(reason.effect))
 

@@ -18,12 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import lightning_rec
-from lightning_rec.data.freshness import NEVER
+from lightning_rec.data.catalogue_fields import NO_TEXT
+from lightning_rec.data.datamodule import RecDataModule
+from lightning_rec.data.freshness import NEVER, Lifetimes
 from lightning_rec.data.text import Template
 from lightning_rec.recommend.artefact import FIELD, ITEMS
 from lightning_rec.recommend.compress import compress
+from lightning_rec.recommend.export_impressions import FittedImpressions
 from lightning_rec.recommend.export_towers import write_towers
 from lightning_rec.recommend.fitted import Fitted, open_run
+from lightning_rec.recommend.item_reading import FIELDS
 from lightning_rec.recommend.lives import BORN, DIES, LIVES
 from lightning_rec.recommend.manifest import MANIFEST, Manifest, file_digest, files_below
 from lightning_rec.recommend.onnx import write_onnx
@@ -49,18 +53,23 @@ def export(
     keep_layers: int | None = None,
     quantise: bool = False,
     onnx: bool = False,
+    max_age: float | None = None,
 ) -> Manifest:
     """Writes a fitted run as an artefact: a folder that answers without the data and the run.
 
-    The folder is written beside its place and takes it at the end, whole; an artefact that lies there is replaced.
+    The folder is written beside its place and takes it at the end, whole; an artefact that lies there is replaced. A
+    run of impressions (``ImpressionTwoTower``) is exported like one of interactions: a user's history then is the
+    newest one that the log tells, with the clicks since; what the run learned of age and popularity adds to scores at
+    the moment of a request, from the clicks of the log. Probabilities of clicks are no part of an artefact.
 
     Args:
         checkpoint: a file that ``lightning-rec fit`` wrote. Its data must still be where the run read it.
         output: the new folder, or an artefact to replace.
         vectors: how item vectors are stored: ``float32``; ``float16``, half as large; ``int8``, a quarter, with a scale
             for each row. What float16 and int8 cost in test NDCG@10 is measured and printed.
-        users: export the histories of the users, with their raw ids. Without them a request must bring its history, and
-            towers with a vector for each user know nobody.
+        users: export the histories of the users, with their raw ids, and what towers that read users' texts need of the
+            user table. Without them a request must bring its history, and towers with a vector for each user know
+            nobody.
         merge: merge an adapter into the language model, which then loads and answers faster.
         parts: writers of further parts.
         progress: show a progress bar.
@@ -70,6 +79,8 @@ def export(
             anew, and what it saves and costs is printed.
         quantise: store the item tower's language model as int8 and compute with it, a quarter as large; likewise.
         onnx: write both towers as ONNX too, see :class:`lightning_rec.recommend.onnx.OnnxTowers`.
+        max_age: for a run of impressions: answers hold items that were published, or first shown, at most so many hours
+            before the request. None: all. A run of interactions brings its own limit, ``data.max_age``.
 
     Returns:
         The manifest that was written.
@@ -77,7 +88,7 @@ def export(
     Raises:
         ArtefactError: ``output`` holds something that is no artefact, or a run that cannot be exported.
         ValueError: vectors that are not finite or too large for float16; an adapter that cannot be merged; a tower
-            that cannot be compressed or written as ONNX.
+            that cannot be compressed or written as ONNX; ``max_age`` that the run cannot have.
 
     Example::
 
@@ -104,10 +115,14 @@ def export(
             keep_layers=keep_layers,
             quantise=quantise,
             onnx=onnx,
+            max_age=max_age,
         )
     size = sum((place / name).stat().st_size for name in manifest.digests)
+    strangers = manifest.parts.get("users", {}).get("profile_only", 0)
+    count = manifest.n_users - 1 + strangers if users else 0
+    by_profile = f", {strangers:,} of them by their profile only," if strangers else ""
     rank_zero_info(
-        f"{manifest.n_items:,} items and {manifest.n_users - 1 if users else 0:,} users were exported to {place} "
+        f"{manifest.n_items:,} items and {count:,} users{by_profile} were exported to {place} "
         f"({size / 2**20:,.1f} MiB)."
     )
     return manifest
@@ -124,9 +139,12 @@ def write_artefact(
     keep_layers: int | None = None,
     quantise: bool = False,
     onnx: bool = False,
+    max_age: float | None = None,
 ) -> Manifest:
     """Writes all files of an artefact into an empty folder, the manifest last; see :func:`export`."""
     module, data = fitted.module, fitted.data
+    shown = FittedImpressions.of(fitted)
+    lifetimes = _lifetimes(fitted, shown, max_age)
     raw = _encode(fitted, progress)
     towers = write_towers(fitted, folder, merge)
     if keep_layers is not None or quantise:
@@ -136,22 +154,32 @@ def write_artefact(
         towers.parts[name] = said
     stored = write_vectors(folder, raw, vectors)
     loss = None if vectors == "float32" else _loss(fitted, raw, stored, vectors, progress)
-    pq.write_table(items_table(fitted), folder / ITEMS)
+    pq.write_table(items_table(fitted, lifetimes), folder / ITEMS)
     written = dict(towers.parts)
-    if data.lifetimes is not None:
-        hours = data.lifetimes.max_age
+    if lifetimes is not None:
+        hours = lifetimes.max_age
         written[LIVES] = {"kind": LIVES, "max_age": hours if np.isfinite(hours) else None}
-    if users:
-        pq.write_table(_users(fitted), folder / USERS)
-        written["users"] = {"kind": "users"}
+    if (fields := _fields_read(fitted)) is not None:
+        written[FIELDS] = {"kind": FIELDS, "names": fields}
+    if shown is not None:
+        written |= shown.write(folder)
     view = data.view
     reads_text = any(isinstance(part, LanguageUserTower) for part in module.user_tower.modules()) or (
         data.user_template is not None and not type(module.user_tower).__module__.startswith("lightning_rec.")
     )
+    if users:
+        if shown is not None:
+            strangers = shown.strangers() if reads_text else {}
+            table = shown.users(strangers)
+        else:
+            strangers = _strangers(fitted) if reads_text else {}
+            table = _users(fitted, strangers)
+        pq.write_table(table, folder / USERS)
+        written["users"] = {"kind": "users"} | ({"profile_only": len(strangers)} if strangers else {})
     manifest = Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         package_version=lightning_rec.__version__,
-        protocol=data.protocol,
+        protocol=data.protocol if shown is None else shown.protocol(lifetimes),
         metrics=fitted.test_metrics(),
         item_tower=towers.specs["item_tower"],
         user_tower=towers.specs["user_tower"],
@@ -160,11 +188,11 @@ def write_artefact(
         n_items=module.n_rows - 1,
         n_users=module.n_users,
         dtype=vectors,
-        filter_seen=data.filter_seen,
+        filter_seen=data.filter_seen if isinstance(data, RecDataModule) else True,
         max_history=data.max_history,
         cleaning=list(data.cleaning),
         template=_template(fitted),
-        text_tower=hasattr(module.item_tower, "encode_texts"),
+        text_tower=_reads_text(module.item_tower),
         reads_user_text=reads_text,
         user_template=data.user_template,
         user_titles=data.user_titles,
@@ -191,11 +219,12 @@ def _encode(fitted: Fitted, progress: bool) -> Tensor:
 
 
 def _loss(fitted: Fitted, raw: Tensor, stored: Tensor, dtype: str, progress: bool) -> dict[str, float] | None:
-    total = 2 * len(fitted.data.evaluation_dataset("test"))
-    with tqdm(total=total, desc="Testing vectors", unit="user", disable=not progress, leave=False) as bar:
+    one = "user" if isinstance(fitted.data, RecDataModule) else "impression"
+    with tqdm(total=2 * fitted.n_test, desc="Testing vectors", unit=one, disable=not progress, leave=False) as bar:
         before, after = fitted.test_ndcg(raw, bar), fitted.test_ndcg(stored, bar)
     if before is None or after is None:
-        rank_zero_info(f"Item vectors as {dtype}: the loss is unknown, since no user has a test target.")
+        missed = "has a test target" if one == "user" else "of a test part has labels"
+        rank_zero_info(f"Item vectors as {dtype}: the loss is unknown, since no {one} {missed}.")
         return None
     rank_zero_info(
         f"Item vectors as {dtype}: test NDCG@10 {after:.4f}, with float32 {before:.4f} ({after - before:+.4f})."
@@ -203,10 +232,36 @@ def _loss(fitted: Fitted, raw: Tensor, stored: Tensor, dtype: str, progress: boo
     return {"float32": before, "stored": after}
 
 
-def items_table(fitted: Fitted) -> pa.Table:
+def _lifetimes(fitted: Fitted, shown: FittedImpressions | None, max_age: float | None) -> Lifetimes | None:
+    """When items can be recommended; None: always."""
+    if shown is not None:
+        return shown.lifetimes(max_age)
+    if max_age is not None:
+        raise ValueError(
+            "max_age is an option for runs of impressions: a run of interactions is fitted and tested with its limit, "
+            "data.max_age, and exported with it. Leave max_age out."
+        )
+    return fitted.data.lifetimes if isinstance(fitted.data, RecDataModule) else None
+
+
+def _reads_text(tower: Any) -> bool:
+    """Whether an item tower makes vectors of texts; a tower of fields needs one that holds text."""
+    return hasattr(tower, "encode_texts") and (not hasattr(tower, "encode_items") or len(tower.text_fields) > 0)
+
+
+def _fields_read(fitted: Fitted) -> list[str] | None:
+    """The fields that the item tower reads, where it reads fields that the catalogue has; None: it reads texts."""
+    tower: Any = fitted.module.item_tower
+    if not hasattr(tower, "encode_items"):
+        return None
+    names = list(tower.fields)
+    return names if any(name in fitted.data.view.fields for name in names) else None
+
+
+def items_table(fitted: Fitted, lifetimes: Lifetimes | None) -> pa.Table:
     """One row an item: ``item_id``, ``text``, ``display``, ``interactions`` and ``field.NAME`` for each field.
 
-    Where the run limits candidates to what is alive, also ``born`` and ``dies``, in seconds since 1970; null for never.
+    Where candidates are limited to what is alive, also ``born`` and ``dies``, in seconds since 1970; null for never.
     """
     catalogue = fitted.data.catalogue
     n = len(catalogue)
@@ -216,7 +271,6 @@ def items_table(fitted: Fitted) -> pa.Table:
         "display": pa.array([catalogue.display(row) for row in range(1, n)], pa.large_string()),
         "interactions": pa.array(fitted.module.train_counts[1:].cpu().numpy().astype(np.int64)),
     }
-    lifetimes = fitted.data.lifetimes
     if lifetimes is not None:
         for name, moments in ((BORN, lifetimes.born[1:]), (DIES, lifetimes.dies[1:])):
             columns[name] = pa.array(moments, pa.int64(), mask=moments == NEVER)
@@ -231,7 +285,18 @@ def items_table(fitted: Fitted) -> pa.Table:
     return pa.table(columns)
 
 
-def _users(fitted: Fitted) -> pa.Table:
+def _strangers(fitted: Fitted) -> dict[str, Mapping[str, Any]]:
+    """The profiles of users without any interaction, where they tell something."""
+    assert isinstance(fitted.data, RecDataModule)
+    maker, names = fitted.data.user_texts, fitted.data.profile_only
+    if maker is None:
+        return {}
+    none = np.zeros(len(names), dtype=np.int64)
+    return {name: maker.profiles[name] for name, text in zip(names, maker(none, none, names), strict=True) if text}
+
+
+def _users(fitted: Fitted, strangers: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+    assert isinstance(fitted.data, RecDataModule)
     data, histories = fitted.data, fitted.data.histories
     ids = data.user_ids[1:]
     first = int(histories.indptr[1])
@@ -252,6 +317,7 @@ def _users(fitted: Fitted) -> pa.Table:
         None if touched is None else (touched.indptr[1:] - touched.indptr[1], touched.items[int(touched.indptr[1]) :]),
         profiles,
         reviews,
+        strangers,
     )
 
 
@@ -261,5 +327,5 @@ def _template(fitted: Fitted) -> str | None:
     template = data.default_template if data.template is None else data.template
     table = data.catalogue.table
     if template is None and table is not None:
-        template = ". ".join("{" + name + "}" for name in table.column_names if name != "item_id") or None
+        template = ". ".join("{" + name + "}" for name in table.column_names if name not in NO_TEXT) or None
     return None if template is None else Template(template).text

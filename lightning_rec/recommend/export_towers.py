@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_rec.checkpoint import written_names
 from lightning_rec.recommend.fitted import Fitted
 from lightning_rec.recommend.lazy_towers import HERE, TOWERS
-from lightning_rec.towers import LanguageUserTower, TextIdItemTower, TextItemTower, Tower
+from lightning_rec.towers import LanguageUserTower, NewsItemTower, TextIdItemTower, TextItemTower, Tower
 
 # what a folder of a language model is made of; nothing else of it is read or copied
 from lightning_rec.towers.adapter_folder import as_spec, save_adapter, save_head
@@ -48,7 +48,8 @@ def write_towers(fitted: Fitted, folder: Path, merge: bool) -> WrittenTowers:
 
     A frozen language model is copied. One with an adapter is copied too; the adapter lies in the towers' file, and
     as a Hugging Face folder beside it. With ``merge``, and for one tuned whole, what was tuned is in the copy, and the
-    tower is written as one with a frozen language model, which is loaded when it is first needed.
+    tower is written as one with a frozen language model, which is loaded when it is first needed. A news tower stays as
+    it is: what was tuned lies in the towers' file, and so do its vocabularies and the vectors of their names.
 
     Args:
         fitted: the run.
@@ -73,7 +74,10 @@ def write_towers(fitted: Fitted, folder: Path, merge: bool) -> WrittenTowers:
             args = spec["init_args"]
             # what belongs to this machine, or to training
             args |= {key: value for key, value in _SERVING.items() if key in args}
-            encoder = tower._modules.get("encoder")  # one that is shared is not among its modules
+            if isinstance(tower, NewsItemTower):
+                _forget_files(tower, args)
+            holder = tower.text if isinstance(tower, NewsItemTower) and tower.text_fields else tower
+            encoder = holder._modules.get("encoder")  # one that is shared is not among its modules
             if not isinstance(encoder, TextEncoder):
                 continue
             adapters += encoder.tune == "adapter"
@@ -186,4 +190,16 @@ def _freeze(state: dict[str, Tensor], prefix: str, args: dict[str, Any], width: 
 def _write_adapter(tower: nn.Module, encoder: TextEncoder, folder: Path, base: str) -> None:
     """Writes the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads, with the tower's head in it."""
     save_adapter(encoder.model, folder, base)
-    save_head(tower, folder)
+    if not isinstance(tower, NewsItemTower):  # whose views have no use for a head of one text
+        save_head(tower, folder)
+
+
+def _forget_files(tower: NewsItemTower, args: dict[str, Any]) -> None:
+    """Leaves the files of ready-made vectors out of a news tower's arguments: the vectors are among its weights."""
+    if args.get("entity_vectors") is not None:
+        args |= {"entity_vectors": None, "tune_entities": True}  # vectors that are not tuned come from a file
+    words = args.get("words")
+    if words is not None and words.get("vectors") is not None:
+        args["words"] = words | {"vectors": None, "tune": True}
+    if (words is not None or not tower.text_fields) and "language_model" in args:
+        args["language_model"] = BUNDLED  # which plays no part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from lightning_rec import checkpoint as saved
 from lightning_rec.data.batch import ItemBatch
 from lightning_rec.data.datamodule import RecDataModule
-from lightning_rec.metrics import RankingMetrics
+from lightning_rec.data.impression_module import ImpressionDataModule
+from lightning_rec.impression import ImpressionTwoTower
+from lightning_rec.metrics import ImpressionRanking, RankingMetrics
 from lightning_rec.module import TwoTower
 from lightning_rec.recommend.manifest import ArtefactError
 from lightning_rec.run_files import checkpoint_config, load_checkpoint
+from lightning_rec.towers import CandidateAwareUserTower
 
 #: Items that a tuned language model encodes between two steps of the progress bar.
 _CHUNK = 1024
@@ -26,7 +30,7 @@ _CHUNK = 1024
 
 @dataclass
 class Fitted:
-    """A fitted run.
+    """A fitted run, of interactions or of impressions.
 
     Attributes:
         checkpoint: the file.
@@ -37,11 +41,21 @@ class Fitted:
 
     checkpoint: Path
     config: dict[str, Any]
-    module: TwoTower
-    data: RecDataModule
+    module: TwoTower | ImpressionTwoTower
+    data: RecDataModule | ImpressionDataModule
+
+    @property
+    def n_test(self) -> int:
+        """How many users, or labelled impressions, the test measures."""
+        if isinstance(self.data, RecDataModule):
+            return len(self.data.evaluation_dataset("test"))
+        return int(self.data.impressions.labelled[self.data.numbers("test")].sum())
 
     def spec(self, name: str) -> dict[str, Any]:
-        """``class_path`` and ``init_args`` of ``item_tower``, ``user_tower`` or ``score``, as the config has them.
+        """``class_path`` and ``init_args`` of a part of the model, such as ``item_tower``, as the config has them.
+
+        Args:
+            name: ``item_tower``, ``user_tower``, ``score``, ``age`` or ``popularity``.
 
         Raises:
             ArtefactError: the config does not name the class.
@@ -92,16 +106,18 @@ class Fitted:
 
     @torch.no_grad()
     def test_ndcg(self, raw: Tensor, bar: Any = None) -> float | None:
-        """Test NDCG@10 with other item vectors; None where there is no one to test.
+        """Test NDCG@10 with other item vectors, of impressions the mean over them; None where there is no one to test.
 
         Args:
             raw: ``(n_rows, d)`` item vectors in the place of those that the item tower returns.
             bar: a tqdm bar that is told of every user, or None.
         """
         module = self.module
-        if not len(self.data.evaluation_dataset("test")):
+        if not self.n_test:
             return None
-        metric = RankingMetrics(ks=(10,), names=("ndcg",))
+        metric: RankingMetrics | ImpressionRanking = RankingMetrics(ks=(10,), names=("ndcg",))
+        if isinstance(module, ImpressionTwoTower):
+            metric = ImpressionRanking(ks=(10,))
         metric.configure(module.n_rows, module.train_counts)
         kept = module.test_metrics
         module.test_metrics = nn.ModuleList([metric])
@@ -111,10 +127,11 @@ class Fitted:
                 module.test_step(batch, number)
                 if bar is not None:
                     bar.update(len(batch.users))
-            return float(cast(Any, metric.compute())["ndcg@10"])
+            found = float(cast(Any, metric.compute())["ndcg@10"])
+            return found if math.isfinite(found) else None  # of no impression with a click and a non-click
         finally:
             module.test_metrics = kept
-            module.test_ratings.reset()
+            (module.test_fallback if isinstance(module, ImpressionTwoTower) else module.test_ratings).reset()
             module.forget_catalogue()
 
 
@@ -127,7 +144,8 @@ def open_run(checkpoint: Path) -> Fitted:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtefactError: a run that is no two-tower run over interactions.
+        ArtefactError: a run that is no two-tower run over interactions or impressions, or one without an interest
+            vector for each user.
         RuntimeError: a checkpoint that does not fit its model or its data.
     """
     if not checkpoint.is_file():
@@ -144,11 +162,7 @@ def open_run(checkpoint: Path) -> Fitted:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     built = parser.instantiate(parser.parse_object({name: config[name] for name in ("model", "data")}))
     module, data = built["model"], built["data"]
-    if not isinstance(module, TwoTower) or not isinstance(data, RecDataModule):
-        raise ArtefactError(
-            f"{type(module).__name__} over {type(data).__name__} cannot be exported: an artefact answers from a "
-            "lightning_rec.TwoTower over a data module of interactions."
-        )
+    _check(module, data)
     module.check_data(data)
     data.setup("test")
     module.build(data.view)
@@ -158,3 +172,34 @@ def open_run(checkpoint: Path) -> Fitted:
     for tower in (module.item_tower, module.user_tower):
         tower.prepare(data.view)
     return Fitted(checkpoint, config, module.eval(), data)
+
+
+def _check(module: LightningModule, data: LightningDataModule) -> None:
+    """Refuses runs from which an artefact could not answer.
+
+    Raises:
+        ArtefactError: saying why, and what can be exported.
+    """
+    of_impressions = isinstance(module, ImpressionTwoTower) and isinstance(data, ImpressionDataModule)
+    if not of_impressions and not (isinstance(module, TwoTower) and isinstance(data, RecDataModule)):
+        raise ArtefactError(
+            f"{type(module).__name__} over {type(data).__name__} cannot be exported: an artefact answers from a "
+            "lightning_rec.TwoTower over a data module of interactions, or from a lightning_rec.ImpressionTwoTower "
+            "over one of impressions."
+        )
+    if not isinstance(module, ImpressionTwoTower):
+        return
+    own = type(module)
+    if own.candidate_scores is not ImpressionTwoTower.candidate_scores:
+        raise ArtefactError(
+            f"{own.__name__} cannot be exported: it scores candidates in a way of its own, and an artefact answers by "
+            "the dot product of two towers. Export a run of lightning_rec.ImpressionTwoTower."
+        )
+    aware = [part for part in module.user_tower.modules() if isinstance(part, CandidateAwareUserTower)]
+    if aware:
+        raise ArtefactError(
+            f"{type(aware[0]).__name__} cannot be exported: its interest depends on the candidate, so that there is no "
+            "interest vector by which a catalogue could be searched. Export a run whose model.user_tower has one for "
+            "each user: NRMSUserTower, LSTURUserTower, SequenceUserTower, PooledUserTower, LanguageUserTower or one of "
+            "your own."
+        )

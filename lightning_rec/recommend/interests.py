@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rec.data.batch import UserBatch
+from lightning_rec.data.text import TITLE_FIELDS
 from lightning_rec.recommend.artefact import Artefact
 from lightning_rec.recommend.catalogue_state import CatalogueState
 from lightning_rec.recommend.store import HistoryStore
@@ -31,7 +32,10 @@ class Interest:
         vector: ``(d,)`` interest vector; None for popularity.
         seen: rows of the whole history, also of what the user tower no longer reads; each may come more than once.
         history: rows that the user tower reads, oldest first; a negative number stands for the
-            request's own text.
+            request's own text, and 0 for an item that the catalogue lacks, where the run read such (see
+            :attr:`Artefact.unknown`).
+        titled: rows whose titles the user's text names, oldest first, 0 as in ``history``; empty where no tower reads
+            it.
         unknown: ids of the history that the catalogue lacks.
         repeat: what is added to the score of an item of ``history``, as the run learned it; 0: nothing.
     """
@@ -40,6 +44,7 @@ class Interest:
     vector: Tensor | None
     seen: list[int] = field(default_factory=list)
     history: list[int] = field(default_factory=list)
+    titled: list[int] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     repeat: float = 0.0
 
@@ -57,8 +62,16 @@ class InterestReader:
         self.store = store
         repeat = artefact.score.repeat
         self._repeat = 0.0 if repeat is None else float(repeat)
+        self._titles = artefact.manifest.user_titles if artefact.reads_user_text else 0
+        #: So many of the newest known events can move an interest: by their vectors, or by the titles in a user's text.
+        self.reach = max(artefact.manifest.max_history, self._titles)
         #: So many events of a user are read for the user tower.
-        self.newest = max(artefact.manifest.max_history, READ_EVENTS)
+        self.newest = max(self.reach, READ_EVENTS)
+
+    @property
+    def reads_unknown(self) -> bool:
+        """Whether an event whose item the catalogue lacks is an event like others, as it was in the run."""
+        return self.artefact.unknown is not None
 
     @property
     def reads_text(self) -> bool:
@@ -161,14 +174,17 @@ class InterestReader:
             ids = list(request.history) if request.history is not None else [event.item for event in events or []]
             stamps = [event.time or 0 for event in events] if events is not None else request.times
             rows = [state.rows.get(id_, 0) for id_ in ids]
-            kept = [number for number, row in enumerate(rows) if row]
-            history = [rows[number] for number in kept][-self.artefact.manifest.max_history :]
+            kept = [number for number, row in enumerate(rows) if row or self.reads_unknown]
+            touched = [rows[number] for number in kept]
+            history = touched[-self.artefact.manifest.max_history :]
+            # as in training: the newest events, whether or not the tower's history reaches back so far
+            titled = touched[-self._titles :] if self._titles > 0 else []
             stamped = None if stamps is None else [stamps[number] for number in kept][len(kept) - len(history) :]
             unknown = [id_ for id_, row in zip(ids, rows, strict=True) if not row]
-            seen = [row for row in rows if row]
+            seen = [row for row in touched if row]
             if whole is not None:
                 seen += self._seen_before(str(request.user), whole, older, state)
-            found.append(Interest("towers", None, seen, history, unknown, self._repeat))
+            found.append(Interest("towers", None, seen, history, titled, unknown, self._repeat))
             times.append(stamped)
         self._encode(requests, found, times, state)
         return found
@@ -183,23 +199,29 @@ class InterestReader:
         """Fills in the interest vectors; those that the towers cannot tell become popularity."""
         raw = state.raw
         texts = [
-            request.text if request.text and not interest.history else None
+            (self.artefact.clean(request.text) or None) if request.text and not any(interest.history) else None
             for request, interest in zip(requests, found, strict=True)
         ]
         spoken = [place for place, text in enumerate(texts) if text]
         position: dict[int, int] | None = None  # of a row in a table of the rows in use; None: the whole catalogue
-        if spoken and not self.artefact.reads_user_text:
-            # what someone says is read as an item would be, and is then the whole history
-            vectors = self.artefact.encode_texts([str(texts[place]) for place in spoken])
-            used = sorted({row for interest in found for row in interest.history})
+        own = [] if self.artefact.reads_user_text else spoken
+        lacking = any(not row for interest in found for row in interest.history)
+        if own or lacking:
+            used = sorted({row for interest in found for row in interest.history if row})
             position = {row: number for number, row in enumerate(used, start=1)}
-            raw = torch.cat([raw[:1], raw[torch.tensor(used, dtype=torch.int64)], vectors.to(raw.dtype)])
-            for number, place in enumerate(spoken, start=len(used) + 1):
+            parts = [raw[:1], raw[torch.tensor(used, dtype=torch.int64)]]
+            if own:  # what someone says is read as an item would be, and is then the whole history
+                parts.append(self.artefact.encode_texts([str(texts[place]) for place in own]).to(raw.dtype))
+            for number, place in enumerate(own, start=len(used) + 1):
                 found[place].history = [-number]
                 times[place] = None
+            if lacking and self.artefact.unknown is not None:
+                position[0] = len(used) + len(own) + 1
+                parts.append(self.artefact.unknown[None].to(raw.dtype))
+            raw = torch.cat(parts)
         users = self._batch(requests, found, times, texts, state, position)
         known = self.artefact.knows(users)
-        known &= (users.lengths > 0) | torch.tensor([text is not None for text in texts]) | self._has_id(users)
+        known &= (users.lengths > 0) | torch.tensor([bool(text) for text in users.texts or texts]) | self._has_id(users)
         with one_thread(users.history.numel() <= _FEW_STEPS and not self.artefact.reads_user_text):
             vectors = self.artefact.interests(users, raw)
         for place, request in enumerate(requests):
@@ -239,15 +261,19 @@ class InterestReader:
             if moments is not None:
                 stamps[place, :length] = torch.tensor(moments, dtype=torch.int64)
         stored = self.artefact.users
-        numbers = [0 if stored is None or not request.user else stored.row(request.user) for request in requests]
+        numbers = [0 if stored is None or not request.user else stored.tower_row(request.user) for request in requests]
         user_texts = None
         if self.artefact.reads_user_text:
             user_texts = [
-                text
-                or self.artefact.user_text([state.display[row] for row in interest.history if row > 0], request.user)
+                text or self.artefact.user_text([self._title(state, row) for row in interest.titled], request.user)
                 for text, interest, request in zip(texts, found, requests, strict=True)
             ]
         return UserBatch(history=history, lengths=lengths, users=torch.tensor(numbers), times=stamps, texts=user_texts)
+
+    def _title(self, state: CatalogueState, row: int) -> str:
+        # from what the state knows at this moment, so that items that were added or changed are named as they are now
+        fields = {name: state.attributes[name][row] for name in TITLE_FIELDS if name in state.attributes}
+        return self.artefact.item_title(fields, state.texts[row])
 
 
 def _merged(fitted: list[Event], stored: list[Event]) -> list[Event]:

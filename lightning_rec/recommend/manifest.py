@@ -37,7 +37,8 @@ class Manifest:
         n_items: number of items, padding not counted.
         n_users: number of user rows that the towers were sized by, padding counted.
         dtype: how item vectors are stored: ``float32``, ``float16`` or ``int8`` (with a scale for each row).
-        filter_seen: whether the test left out what a user had touched.
+        filter_seen: whether the test left out what a user had touched. True for runs of impressions, whose test ranks
+            what was shown; see :meth:`lightning_rec.recommend.artefact.Artefact.filters_seen`.
         max_history: the longest history that the towers read.
         cleaning: names of the text cleaning steps of the run.
         template: how an item's fields become one text; None: there are no fields.

@@ -144,9 +144,16 @@ def write_onnx(fitted: Fitted, folder: Path, towers: WrittenTowers, raw: Tensor)
         f"{name} (largest difference from torch {value.difference:.1e})" for name, value in checks.items()
     )
     rank_zero_info(
-        f"ONNX: {written}." + ("" if items is not None else " The item tower reads no text: it has no file.")
+        f"ONNX: {written}." + ("" if items is not None else f" The item tower {_why_not(module.item_tower)}.")
     )
     return ONNX, said
+
+
+def _why_not(tower: Any) -> str:
+    """Why an item tower has no file."""
+    if hasattr(tower, "encode_texts"):
+        return f"({type(tower).__name__}) is more than a language model that reads one text: it has no file"
+    return "reads no text: it has no file"
 
 
 def _require() -> None:
@@ -215,7 +222,7 @@ def _texts(tower: TextTower, texts: Sequence[str]) -> list[Inputs]:
 
 def _histories(fitted: Fitted, raw: Tensor) -> list[Inputs]:
     """What the user tower reads of the first users of the test."""
-    if not len(fitted.data.evaluation_dataset("test")):
+    if not fitted.n_test:
         return []
     users = next(iter(fitted.data.test_dataloader())).users
     return [(raw[users.history[:_REAL]], users.lengths[:_REAL])]

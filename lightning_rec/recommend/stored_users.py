@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class StoredUsers:
     Args:
         table: columns ``user_id``, ``items`` (item rows, oldest first), ``times`` (or null), ``touched`` (item rows
             that the user touched without a positive interaction), ``profile`` (JSON, or null), ``reviews`` (or null).
+            Users without any interaction, of whom the user table told, come last; their ``items`` are null. Perhaps
+            ``trained``: False for users who came after training, whom towers do not know by their row.
         item_ids: raw id of each item row.
     """
 
@@ -31,6 +33,7 @@ class StoredUsers:
         self._table = table
         self._item_ids = item_ids
         self._forgotten: set[str] = set()
+        self._fitted = table.num_rows - table.column("items").null_count
         self.indptr, self.rows = _lists(table, "items")
         times = _lists(table, "times")[1]
         #: Time of each event in seconds since 1970, or None.
@@ -48,16 +51,36 @@ class StoredUsers:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Raw ids; a user's place here is the row minus one."""
+        """Raw ids; a user's place here is the row minus one, for those who have a row."""
         return self._table.column("user_id").to_pylist()
 
     @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {user: row for row, user in enumerate(self.ids, start=1)}
+    def _numbers(self) -> dict[str, int]:
+        return {user: number for number, user in enumerate(self.ids, start=1)}
+
+    def _number(self, user: str) -> int:
+        """The number of a user in the table, from 1; 0: unknown."""
+        return 0 if user in self._forgotten else self._numbers.get(user, 0)
 
     def row(self, user: str) -> int:
-        """The row of a user in the fitted data, by which towers with a vector for each user know them; 0: unknown."""
-        return 0 if user in self._forgotten else self._rows.get(user, 0)
+        """The row of a user in the fitted data, by which towers with a vector for each user know them.
+
+        0: unknown, or known by a profile only.
+        """
+        number = self._number(user)
+        return number if number <= self._fitted else 0
+
+    @cached_property
+    def _untrained(self) -> set[int]:
+        if "trained" not in self._table.column_names:
+            return set()
+        trained = self._table.column("trained").to_pylist()
+        return {row for row, value in enumerate(trained, start=1) if value is False}
+
+    def tower_row(self, user: str) -> int:
+        """The row by which towers with a vector for each user know one; 0: they do not know the user."""
+        row = self.row(user)
+        return 0 if row in self._untrained else row
 
     def history(self, user: str, newest: int) -> list[Event]:
         """The ``newest`` events of a user, oldest first."""
@@ -78,10 +101,10 @@ class StoredUsers:
 
     def profile(self, user: str) -> tuple[Mapping[str, Any], list[str]]:
         """What the user's text is made of beside titles: fields of the user table, and the newest reviews."""
-        row = self.row(user)
-        if not row:
+        number = self._number(user)
+        if not number:
             return {}, []
-        profile, reviews = (self._table.column(name)[row - 1].as_py() for name in ("profile", "reviews"))
+        profile, reviews = (self._table.column(name)[number - 1].as_py() for name in ("profile", "reviews"))
         return json.loads(profile) if profile else {}, reviews or []
 
     def sample(self, limit: int) -> list[str]:
@@ -116,6 +139,7 @@ def users_table(
     touched: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
     profiles: Sequence[Mapping[str, Any]] | None = None,
     reviews: Sequence[Sequence[str]] | None = None,
+    strangers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> pa.Table:
     """The table of an artefact's users.
 
@@ -126,19 +150,19 @@ def users_table(
         touched: offsets and item rows of what was touched without being positive, or None.
         profiles: fields of the user table, one mapping a user, or None.
         reviews: the newest reviews, oldest first, one list a user, or None.
+        strangers: raw id -> fields of the user table, of users without any interaction.
     """
     empty = (np.zeros(len(ids) + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    texts = None if profiles is None else [json.dumps(dict(part), ensure_ascii=False) for part in profiles]
     stamps = (
         pa.nulls(len(ids), pa.large_list(pa.int64())) if times is None else _list_array(items[0], times, pa.int64())
     )
-    return pa.table(
+    table = pa.table(
         {
             "user_id": pa.array(list(ids), pa.string()),
             "items": _list_array(*items, pa.int32()),
             "times": stamps,
             "touched": _list_array(*(empty if touched is None else touched), pa.int32()),
-            "profile": pa.nulls(len(ids), pa.string()) if texts is None else pa.array(texts, pa.string()),
+            "profile": pa.nulls(len(ids), pa.string()) if profiles is None else _json(profiles),
             "reviews": (
                 pa.nulls(len(ids), pa.list_(pa.string()))
                 if reviews is None
@@ -146,6 +170,17 @@ def users_table(
             ),
         }
     )
+    if not strangers:
+        return table
+    # null items tell them from users whose interactions did not count, who have an empty list
+    rest: dict[str, pa.Array] = {field.name: pa.nulls(len(strangers), field.type) for field in table.schema}
+    rest["user_id"] = pa.array(list(strangers), pa.string())
+    rest["profile"] = _json(strangers.values())
+    return pa.concat_tables([table, pa.table(rest)])
+
+
+def _json(profiles: Iterable[Mapping[str, Any]]) -> pa.Array:
+    return pa.array([json.dumps(dict(part), ensure_ascii=False) for part in profiles], pa.string())
 
 
 def _list_array(offsets: NDArray[np.int64], values: NDArray[np.int64], kind: pa.DataType) -> pa.Array:

@@ -38,7 +38,8 @@ class Request:
         times: time of each event of ``history`` in seconds since 1970, or None.
         text: what someone without a history likes, in plain words.
         k: number of items wanted, at least 1.
-        filter_seen: leave out what the history holds; None: as the fitted run was tested.
+        filter_seen: leave out what the history holds; None: as the fitted run was tested. A run of impressions ranks
+            ``candidates`` as they are, and leaves seen items out of answers from the whole catalogue.
         candidates: raw ids to choose from; None: the whole catalogue.
         exclude: raw ids that must not come.
         where: attributes that must match: a value or a list of allowed values for each field.
@@ -74,8 +75,9 @@ class Recommended:
 
     Attributes:
         id: raw item id.
-        score: the dot product of interest and item vector (for ``popularity``, the number of training interactions);
-            with exploration or diversity still the plain score.
+        score: the dot product of interest and item vector, and what age and recent clicks add where the run learned
+            that (for ``popularity``, the number of training interactions); with exploration or diversity still the
+            plain score.
         text: what a person reads for it: its title, else the beginning of its text.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,6 +53,40 @@ def weigh_words(
         else gradients(artefact, text, spans, interest)
     )
     return [Word(text[start:end], effect) for (start, end), effect in zip(spans, effects, strict=True)]
+
+
+def weigh_fields(artefact: Artefact, fields: Mapping[str, Any], interest: Tensor) -> list[Word]:
+    """The effect of each word of the text fields of an item whose tower reads fields, such as ``NewsItemTower``.
+
+    Args:
+        artefact: the towers.
+        fields: of the item.
+        interest: ``(d,)`` interest vector, ready for the product.
+
+    Returns:
+        Words in their order, a field after the other; the effect of each is the score of the item minus that of the
+        item without the word. Categories and entities are no words.
+    """
+    reading = artefact.field_reading
+    assert reading is not None
+    values = reading.values(reading.of(fields))
+    tower: Any = artefact.item_tower
+    texts = set(tower.text_fields or reading.names)
+    words, variants = [], [reading.written(values)]
+    for at, name in enumerate(reading.names):
+        if name not in texts or not isinstance(values[at], str):
+            continue
+        for match in _WORD.finditer(values[at]):
+            rest = f"{values[at][: match.start()]}{values[at][match.end() :].lstrip()}"
+            words.append(match.group())
+            variants.append(reading.written([*values[:at], rest, *values[at + 1 :]]))
+    scores = []
+    for place in range(0, len(variants), _CHUNK):
+        if place:
+            time.sleep(_BREATH)
+        scores.append(artefact.ready(artefact.encode_readings(variants[place : place + _CHUNK])) @ interest)
+    joined = torch.cat(scores)
+    return [Word(word, effect) for word, effect in zip(words, (joined[0] - joined[1:]).tolist(), strict=True)]
 
 
 def _occlusion(artefact: Artefact, text: str, spans: Sequence[tuple[int, int]], interest: Tensor) -> list[float]:
