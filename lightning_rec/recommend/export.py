@@ -176,6 +176,7 @@ def write_artefact(
             table = _users(fitted, strangers)
         pq.write_table(table, folder / USERS)
         written["users"] = {"kind": "users"} | ({"profile_only": len(strangers)} if strangers else {})
+        written["users"] |= {} if shown is None else shown.until()
     manifest = Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         package_version=lightning_rec.__version__,

@@ -21,6 +21,7 @@ from lightning_rec.data.cleaning import make_cleaner
 from lightning_rec.data.freshness import Lifetimes, lifetimes
 from lightning_rec.data.impression_batches import Known
 from lightning_rec.data.impression_module import ImpressionDataModule
+from lightning_rec.data.impressions import Impressions
 from lightning_rec.impression import ImpressionTwoTower
 from lightning_rec.recommend.artefact import IMPRESSIONS, UNKNOWN
 from lightning_rec.recommend.context import CONTEXT, CONTEXT_FILE
@@ -153,6 +154,13 @@ class FittedImpressions:
 
     # ------------------------------------------------------------------ users
 
+    def until(self) -> dict[str, int]:
+        """What the manifest says of users: the log's last moment, where the events of their histories have no times."""
+        log = self.data.impressions
+        if log.times is None or log.history_times is not None or not len(log):
+            return {}
+        return {"until": int(log.times.max())}
+
     def users(self, strangers: Mapping[str, Mapping[str, Any]]) -> pa.Table:
         """The table of the users, see :func:`lightning_rec.recommend.stored_users.users_table`."""
         data = self.data
@@ -206,8 +214,9 @@ def newest_histories(data: ImpressionDataModule) -> tuple[tuple[Int, Int], Int |
     """What each user had read when the log ends.
 
     Where histories are made of the clicks of the log, that is all of them. Else it is the history that the user's
-    newest impression came with, and then the clicks of the user's impressions that it does not hold: those of the
-    newest one, and, where the log tells a history once for many impressions (as MIND does), those of earlier ones.
+    newest impression came with, and the clicks of the user's impressions that it does not hold: after it those of
+    impressions that came with the same one (the newest, and all of them where the log tells a history once for many
+    impressions, as MIND does), before it those of others, which fell out of a history of the last few events.
 
     Returns:
         Offsets ``(n_users,)`` of each user row from 1, and catalogue rows; the time of each event, or None where the
@@ -230,20 +239,27 @@ def newest_histories(data: ImpressionDataModule) -> tuple[tuple[Int, Int], Int |
     for user, number in enumerate(newest.tolist()[1:], start=1):
         held: list[int] = []
         if number >= 0 and not made_of_clicks:
-            held = log.history[log.history_starts[number] : log.history_ends[number]].tolist()
-        rows += held
+            held = _history(log, number)
         old = set(held)
+        earlier: list[int] = []
+        later: list[int] = []
         for event in by_user.get(user, ()):
             row = int(log.candidates[clicks[event]])
             if row not in old:
-                rows.append(row)
+                came_with = _history(log, int(owner[event])) if not made_of_clicks else held
+                (later if came_with == held else earlier).append(row)
                 if made_of_clicks and log.times is not None:
                     times.append(int(log.times[owner[event]]))
+        rows += [*earlier, *held, *later]
         offsets.append(len(rows))
     return (
         (np.array(offsets, dtype=np.int64), np.array(rows, dtype=np.int64)),
         np.array(times, dtype=np.int64) if made_of_clicks else None,
     )
+
+
+def _history(log: Impressions, number: int) -> list[int]:
+    return log.history[log.history_starts[number] : log.history_ends[number]].tolist()
 
 
 def _written(moment: int) -> str:

@@ -65,6 +65,8 @@ class InterestReader:
         self._titles = artefact.manifest.user_titles if artefact.reads_user_text else 0
         #: So many of the newest known events can move an interest: by their vectors, or by the titles in a user's text.
         self.reach = max(artefact.manifest.max_history, self._titles)
+        #: The end of a log that does not tell when the events of its histories were; None: it does, or has no times.
+        self._until: int | None = (artefact.manifest.parts.get("users") or {}).get("until")
         #: So many events of a user are read for the user tower.
         self.newest = max(self.reach, READ_EVENTS)
 
@@ -129,7 +131,8 @@ class InterestReader:
         """The ``newest`` events of each user, oldest first: those of the fitted data and those of the store.
 
         A stored event whose item and time the fitted data has too is the same event: the run was fitted to the events
-        of the store. Where the fitted data has no times, its events come first, and all of the store's after them.
+        of the store. Where the fitted data has no times, its events come first, and after them those of the store that
+        are not known to be among them.
         """
         if newest < 1:
             return [[] for _ in users]
@@ -139,7 +142,7 @@ class InterestReader:
         """The ``newest`` fitted and stored events of each user as one; and whether the store may have older ones."""
         stored = self.store.read_many(users, newest)
         return [
-            (_merged(self.exported(user, newest), events), len(events) >= newest)
+            (_merged(self.exported(user, newest), events, self._until), len(events) >= newest)
             for user, events in zip(users, stored, strict=True)
         ]
 
@@ -276,11 +279,18 @@ class InterestReader:
         return self.artefact.item_title(fields, state.texts[row])
 
 
-def _merged(fitted: list[Event], stored: list[Event]) -> list[Event]:
-    """One history, oldest first, each event once where both have times; fitted events first where times are equal."""
+def _merged(fitted: list[Event], stored: list[Event], until: int | None) -> list[Event]:
+    """One history, oldest first, each event once where that can be told.
+
+    Where both have times, an event of both is one, and fitted events come first of those at the same time. Where fitted
+    ones have none, a stored event is taken to be in the log if its item is there and the log ends no earlier.
+    """
     both = [*fitted, *stored]
-    if not fitted or not stored or any(event.time is None for event in both):
+    if not fitted or not stored or any(event.time is None for event in stored):
         return both
+    if any(event.time is None for event in fitted):
+        known = {event.item for event in fitted} if until is not None else set()
+        return [*fitted, *(event for event in stored if event.item not in known or (event.time or 0) > (until or 0))]
     same = {(event.item, event.time) for event in fitted}
     fresh = [event for event in stored if (event.item, event.time) not in same]
     return sorted([*fitted, *fresh], key=lambda event: event.time or 0)
