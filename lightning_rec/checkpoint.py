@@ -48,12 +48,24 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
         del module.hparams[name]
 
 
+def own_names(module: nn.Module) -> set[str]:
+    """Names of all that is kept of a module's state.
+
+    Quantised layers of bitsandbytes add to it how their frozen weights are quantised, which cannot be read again.
+    """
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    parts = module.named_modules(remove_duplicate=False)
+    quantised = tuple(f"{name}." for name, part in parts if type(part).__module__.startswith("bitsandbytes"))
+    return {name for name in module.state_dict() if name in own or not name.startswith(quantised)}
+
+
 def written_names(module: nn.Module) -> set[str]:
     """Names of the parameters and buffers that a checkpoint holds: all but frozen parameters."""
     frozen = {
         name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
     }
-    return set(module.state_dict()) - frozen
+    return own_names(module) - frozen
 
 
 def on_save(module: TowerModule, checkpoint: dict[str, Any]) -> None:
@@ -143,7 +155,7 @@ def on_load(module: TowerModule, checkpoint: dict[str, Any], view: CatalogueView
     if missing or foreign:
         raise RuntimeError(_mismatch(missing, foreign))
     current = module.state_dict()
-    checkpoint["state_dict"] = {name: given.get(name, current[name]) for name in current}
+    checkpoint["state_dict"] = {name: given.get(name, current[name]) for name in own_names(module)}
     from lightning_rec.towers import adalora
 
     adalora.restore_schedule(module, checkpoint.get("adapter_ranks", {}))

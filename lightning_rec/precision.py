@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-#: ``auto``: bf16-mixed where the device has the instructions; ``off``: ``trainer.precision`` as it is.
-Bf16 = Literal["off", "auto"]
+#: ``auto``: bf16-mixed where the device has the instructions; ``none``: ``trainer.precision`` as it is.
+Bf16 = Literal["none", "auto"]
 
 
 def has_bf16(accelerator: str = "auto") -> bool:

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_rec.callbacks import PredictionWriter, ResultWriter, run_folder
 from lightning_rec.callbacks.resumption import PatientStopping, RunCheckpoint
@@ -71,7 +72,7 @@ class RecCLI(LightningCLI):
         parser.add_argument(
             "--bf16",
             type=Bf16,
-            default="off",
+            default="none",
             help="auto: bf16-mixed where the device has bfloat16 instructions, else 32-true; trainer.precision wins.",
         )
         parser.set_defaults(
@@ -103,9 +104,12 @@ class RecCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint that ``best`` or ``last`` means, keeps a resumed run in its folder, sets precision."""
         config: Namespace = self.config[self.subcommand]
-        if config.bf16 == "auto" and config.trainer.precision is None:
-            config.trainer["precision"] = "bf16-mixed" if has_bf16(str(config.trainer.accelerator)) else "32-true"
-            config["bf16"] = "off"  # the saved config shows what ran
+        if config.bf16 == "auto":
+            if config.trainer.precision is None:
+                config.trainer["precision"] = "bf16-mixed" if has_bf16(str(config.trainer.accelerator)) else "32-true"
+            else:
+                rank_zero_info(f"bf16: auto has no effect beside trainer.precision {config.trainer.precision}.")
+            config["bf16"] = "none"  # the saved config shows what ran
         wanted = config.get("ckpt_path")
         if wanted is not None:
             path = resolve_checkpoint(str(wanted), config.trainer.default_root_dir)

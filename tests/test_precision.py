@@ -35,6 +35,7 @@ def test_precision_follows_the_device_and_the_saved_config_says_it(native, optio
     (saved,) = tmp_path.rglob("version_*/config.yaml")
     said = yaml.safe_load(saved.read_text())
     assert said["trainer"]["precision"] == (ran if options else None)
+    assert said["bf16"] == "none"
     # run again elsewhere, the saved config does the same
     monkeypatch.setattr(training_cli, "has_bf16", lambda accelerator: not native)
     assert main(["validate", "--config", str(saved.parent / "config.yaml")]).trainer.precision == ran

@@ -27,8 +27,9 @@ def canonical_interactions(
     """Turns text columns into the canonical interactions, in file order.
 
     Bad rows (an empty id, a time or a rating that is none) stop the run with file and line, or are skipped and counted.
-    Exact duplicates (every column equal) are dropped and counted when the data has times or positions. Without either
-    nothing tells a row written twice from something done twice: such rows are kept as repeats, and a note counts them.
+    Exact duplicates (every column equal) are dropped and counted when the data has times, or positions that number the
+    rows of a user. Without either nothing tells a row written twice from something done twice: such rows are kept as
+    repeats, and a note counts them.
     Where times are finer than a second, rows of the same second are put in their true order.
 
     Args:
@@ -86,6 +87,8 @@ def canonical_interactions(
     }
     if positions is not None:
         columns["position"] = pa.chunked_array([pa.array(positions)])
+    elif "position" in table.columns:
+        columns["position"] = table.columns["position"]  # beside times it orders nothing, but tells rows apart
     if ratings is not None:
         columns["rating"] = pa.chunked_array([pa.array(ratings)])
     if times is not None:
@@ -100,13 +103,14 @@ def canonical_interactions(
     arrow = _ordered(pa.table(clean.columns))
     distinct = _distinct_rows(arrow)
     if n_equal := arrow.num_rows - len(distinct):
-        if times is not None or positions is not None:
+        if times is not None or (positions is not None and _numbers_rows(arrow.take(pa.array(distinct)))):
             report.n_duplicates += n_equal
             arrow = arrow.take(pa.array(distinct))
         else:
             report.note(
-                f"{n_equal:,} interactions equal an earlier one in every column. Without times or positions they are"
-                " kept as repeats; set repeats: first in the data module to keep the first of each user and item."
+                f"{n_equal:,} interactions equal an earlier one in every column. Without times, or positions that"
+                " number the rows of a user, they are kept as repeats; set repeats: first in the data module to keep"
+                " the first of each user and item."
             )
     names = [name for name in INTERACTION_COLUMNS if name in arrow.column_names]
     names += [name for name in arrow.column_names if name not in names]
@@ -236,13 +240,18 @@ def _ordered(arrow: pa.Table) -> pa.Table:
     """Rows in file order, but by sub-second time or by position where the file is not in that order already."""
     if "_fraction" in arrow.column_names:
         keys = [np.asarray(arrow["_fraction"]), np.asarray(arrow["timestamp"])]
-    elif "position" in arrow.column_names:
+    elif "position" in arrow.column_names and "timestamp" not in arrow.column_names:
         users = np.asarray(arrow["user_id"].combine_chunks().dictionary_encode().indices)
         keys = [np.asarray(arrow["position"]), users]
     else:
         return arrow
     order = np.lexsort(keys)
     return arrow if bool((np.diff(order) == 1).all()) else arrow.take(pa.array(order))
+
+
+def _numbers_rows(arrow: pa.Table) -> bool:
+    """Whether no user has two rows at one position, as where positions count within a session or a page."""
+    return len(_distinct_rows(arrow.select(["user_id", "position"]))) == arrow.num_rows
 
 
 def _distinct_rows(arrow: pa.Table) -> NDArray[np.int64]:

@@ -155,6 +155,11 @@ def _write_model(encoder: TextEncoder, folder: Path, known: bool, merge: bool) -
             "This adapter cannot be merged into its language model: leave merge out. The adapter is exported beside it."
         )
     tuned = tuned and not halved
+    if merge and encoder.tune == "adapter" and encoder.quantisation != "none":
+        raise ValueError(
+            f"This adapter was trained beside weights in {encoder.quantisation}, and merged into whole ones it would "
+            "say something else: leave merge out. The adapter is exported beside the model."
+        )
     for pattern in (*_MODEL_FILES, *_TOKENIZER_FILES, *SENTENCE_FILES):
         for path in encoder.folder.glob(pattern):
             if path.is_file() and not (tuned and ".safetensors" in path.name):

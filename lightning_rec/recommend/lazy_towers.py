@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_rec.checkpoint import written_names
+from lightning_rec.checkpoint import own_names, written_names
 from lightning_rec.data.batch import CatalogueView
 from lightning_rec.recommend.manifest import ArtefactError, Manifest
 from lightning_rec.towers import ItemTower, UserTower
@@ -164,7 +164,7 @@ def load_weights(module: _M, folder: Path, name: str, spec: Mapping[str, Any]) -
             "was exported, or export the run again."
         )
     current = module.state_dict()
-    module.load_state_dict({key: given.get(key, current[key]) for key in current})
+    module.load_state_dict({key: given.get(key, current[key]) for key in own_names(module)})
     return module.eval().requires_grad_(False)
 
 

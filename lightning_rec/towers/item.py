@@ -84,7 +84,7 @@ class TextItemTower(ItemTower):
             dropout, and their output for the catalogue is kept on disk: a step runs the layers above only.
         cache_dtype: precision of that output on disk: ``float32``, or ``float16`` in half the room.
         quantisation: weights of a frozen or adapted language model in 8 or 4 bits (``8bit``, ``4bit``), by
-            the extra ``quantise``.
+            the extra ``quantise``, which an exported artefact of the run needs for new texts as well.
         adapter: a folder with an adapter that was trained before, here or elsewhere, in the place of ``peft``, to go
             on with or, with ``tune: frozen``, to use as it is. A ``head.safetensors`` beside it, which an export
             writes, is the first projection.

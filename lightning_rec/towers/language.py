@@ -79,7 +79,8 @@ class TextEncoder(nn.Module):
             Of no effect on a model that is frozen whole, which a tuned one is after its export.
         cache_dtype: precision in which hidden states lie on disk: ``float32``, or ``float16`` in half the room.
         quantisation: weights in 8 or 4 bits (``8bit``, ``4bit``), by bitsandbytes (the extra ``quantise``);
-            ``none``: as they are. For frozen models and adapters.
+            ``none``: as they are. For frozen models and adapters. In 8 bits a text's vector varies by a few percent
+            with the texts that are read beside it.
         adapter: a folder with an adapter that ``save_pretrained`` of peft wrote, here or elsewhere, in the place of
             ``peft``. It is trained on, or, with ``tune: frozen``, merged into the model once.
         shared: another encoder of the same ``language_model``, frozen or with an adapter, whose weights in memory this
@@ -125,6 +126,11 @@ class TextEncoder(nn.Module):
             raise ValueError(f"dtype {dtype!r} is for frozen models: for tuned ones set trainer.precision instead.")
         if self.tune == "full" and quantisation != "none":
             raise ValueError(f"quantisation {quantisation!r} is for frozen models and adapters: tune is 'full'.")
+        if quantisation == "8bit" and frozen_layers:
+            raise ValueError(
+                "quantisation is '8bit', whose results vary with the texts that are read together, and frozen_layers "
+                "keeps results for later steps: set frozen_layers to 0, or quantisation to 4bit."
+            )
         self.folder = find_language_model(language_model)
         stated = sentence_settings(with_sentence_files(self.folder, language_model)) if pooling is None else None
         self.pooling: Pooling = pooling or (stated.pooling if stated else "mean")

@@ -145,11 +145,10 @@ class LanguageUserTower(UserTower):
         return features.to(device)
 
     def knows(self, users: UserBatch) -> Tensor:
-        """``(b,)`` True for users with a history, and for those of whom a text tells something without one."""
-        known = super().knows(users)
+        """``(b,)`` True for users of whom a text tells something; a history of items without any text tells nothing."""
         if users.texts is None:
-            return known
-        return known | torch.tensor([bool(text.strip()) for text in users.texts], device=known.device)
+            return super().knows(users)
+        return torch.tensor([bool(text.strip()) for text in users.texts], dtype=torch.bool, device=users.lengths.device)
 
     def forward(self, users: UserBatch, items: Tensor) -> Tensor:
         """Reads the users' texts.

@@ -203,7 +203,25 @@ def test_equal_rows_with_a_position_are_one_and_without_any_order_are_noted() ->
     report = ReadReport()
     assert read(report, **columns)["item_id"] == ["a", "b", "a", "a"]
     assert report.n_duplicates == 0
-    assert report.notes[0].startswith("2 interactions equal an earlier one in every column. Without times or positions")
+    assert report.notes[0].startswith(
+        "2 interactions equal an earlier one in every column. Without times, or positions"
+    )
+
+
+def test_positions_within_sessions_tell_no_duplicates() -> None:
+    report = ReadReport()
+    # two sessions of u begin with a
+    columns: dict[str, Any] = {"user_id": ["u"] * 4, "item_id": ["a", "b", "a", "c"], "position": ["1", "2", "1", "2"]}
+    assert sorted(read(report, **columns)["item_id"]) == ["a", "a", "b", "c"]
+    assert report.n_duplicates == 0
+    assert "positions that number the rows of a user, they are kept as repeats" in report.notes[0]
+
+
+def test_rows_of_one_second_at_two_positions_are_two() -> None:
+    columns: dict[str, Any] = {"user_id": ["u"] * 3, "item_id": ["a"] * 3, "timestamp": ["847434881"] * 3}
+    got = read(**columns, position=["2", "1", "2"])
+    assert got["item_id"] == ["a", "a"]
+    assert "position" not in got
 
 
 @pytest.mark.parametrize("times", [True, False])
