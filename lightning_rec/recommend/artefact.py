@@ -262,6 +262,15 @@ class Artefact:
         """
         return self.manifest.filter_seen and not (chosen and IMPRESSIONS in self.manifest.parts)
 
+    def check_text_tower(self) -> None:
+        """Raises a :class:`RequestError` where the item tower reads no text."""
+        if not self.has_text_tower:
+            raise RequestError(
+                f"The item tower, {self.manifest.item_tower['class_path']}, reads no text.",
+                "no_text_tower",
+                "Export a run with a text item tower, such as lightning_rec.towers.TextItemTower.",
+            )
+
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Raw vectors of items that are known by their text only, as the user tower reads them.
 
@@ -274,12 +283,7 @@ class Artefact:
         Raises:
             RequestError: the item tower reads no text.
         """
-        if not self.has_text_tower:
-            raise RequestError(
-                f"The item tower, {self.manifest.item_tower['class_path']}, reads no text.",
-                "no_text_tower",
-                "Export a run with a text item tower, such as lightning_rec.towers.TextItemTower.",
-            )
+        self.check_text_tower()
         with self._lock:
             tower: Any = self.item_tower
             return tower.encode_texts(list(texts)).float()

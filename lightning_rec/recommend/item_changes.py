@@ -19,7 +19,11 @@ class ItemChange:
     """A change of one item, or several in one.
 
     A catalogue is made of what the artefact has and of the change of each item. Whether it hears of every step or of
-    all steps in one, and once or twice, it ends the same.
+    all steps in one, and once or twice, it ends with the same items, and with the same of each.
+
+    Of a removed item nothing is applied but that it is away. A catalogue that hears of all steps in one has it as the
+    artefact has it, or has never had it, where one that heard of every step has what was known of it at the end. Only
+    histories that hold the item can tell these apart: they are read with what there is of it, or pass over it.
 
     Attributes:
         item: raw id.
@@ -39,6 +43,11 @@ class ItemChange:
     anew: bool = False
     place: tuple[int, int] | None = None
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether it says something of the item beyond that it is there, or away."""
+        return not self.removed and (bool(self.fields) or self.added is not None)
+
     def after(self, before: ItemChange | None) -> ItemChange:
         """Both in one.
 
@@ -55,7 +64,9 @@ class ItemChange:
 
     def to_json(self) -> str:
         """All but the id, as a store keeps it."""
-        said = {name: getattr(self, name) for name in _KEPT if getattr(self, name) not in (None, False, {})}
+        values = ((name, getattr(self, name)) for name in _KEPT)
+        # by identity: the moment 0 equals False
+        said = {name: value for name, value in values if value is not None and value is not False and value != {}}
         return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod

@@ -15,6 +15,7 @@ from lightning_rec.recommend.catalogue_state import CatalogueState
 from lightning_rec.recommend.index import ExactIndex
 from lightning_rec.recommend.item_changes import ItemChange, additions, removals, updates
 from lightning_rec.recommend.next_catalogue import NextCatalogue
+from lightning_rec.recommend.types import RequestError
 
 #: Texts after which the language model is let go of for others who wait for it.
 _TEXTS = 32
@@ -114,7 +115,8 @@ class LiveCatalogue:
         return self.change_items(lambda state: updates(state, rows))
 
     def remove_items(self, ids: Sequence[str]) -> int:
-        """Takes items out of all later answers. Histories that hold them are still read.
+        """Takes items out of all later answers. Histories that hold them are still read, for as long as it is known
+        what they were: by the artefact, or in this process.
 
         Returns:
             The generation of the new catalogue.
@@ -129,6 +131,7 @@ class LiveCatalogue:
         make: Callable[[CatalogueState], Sequence[ItemChange]],
         record: Callable[[Sequence[ItemChange]], None] = lambda changes: None,
         encoded: dict[str, Tensor] | None = None,
+        refused: dict[str, RequestError] | None = None,
     ) -> int:
         """Changes items in one step.
 
@@ -137,19 +140,23 @@ class LiveCatalogue:
             record: is told of the changes when nothing can refuse them any more, and before anybody sees them; where
                 it raises an error, nothing is changed.
             encoded: vectors of texts, where :meth:`encode_changes` was called beforehand; None: it is called now.
+            refused: afterwards has the errors of changes that do not fit, by raw id; all others are made. None: they
+                are raised.
 
         Returns:
             The generation of the new catalogue.
 
         Raises:
-            RequestError: a change that does not fit. Then nothing is changed.
+            RequestError: a change that does not fit, without ``refused``. Then nothing is changed.
         """
         if encoded is None:
-            self.encode_changes(make, encoded := {})
+            self.encode_changes(make, encoded := {}, refused)
         with self._writing:
             changes = make(self._state)
             if changes:
-                draft = NextCatalogue(self._state, changes, self.artefact)
+                if refused is not None:
+                    refused.clear()  # the catalogue may be another one than that whose texts were encoded
+                draft = NextCatalogue(self._state, changes, self.artefact, refused)
                 self._encode(draft.texts, encoded)  # none, unless somebody else was faster
                 state = draft.made(encoded)
                 record(changes)
@@ -157,19 +164,23 @@ class LiveCatalogue:
             return self._state.generation
 
     def encode_changes(
-        self, make: Callable[[CatalogueState], Sequence[ItemChange]], encoded: dict[str, Tensor]
+        self,
+        make: Callable[[CatalogueState], Sequence[ItemChange]],
+        encoded: dict[str, Tensor],
+        refused: dict[str, RequestError] | None = None,
     ) -> None:
         """Encodes the texts of changes that are to come, which takes long; others may change items meanwhile.
 
         Args:
             make: see :meth:`change_items`.
             encoded: text -> vector; what is missing is added.
+            refused: see :meth:`change_items`.
 
         Raises:
-            RequestError: a change that does not fit.
+            RequestError: a change that does not fit, without ``refused``.
         """
         state = self._state
-        self._encode(NextCatalogue(state, make(state), self.artefact).texts, encoded)
+        self._encode(NextCatalogue(state, make(state), self.artefact, refused).texts, encoded)
 
     def _encode(self, texts: Sequence[str], encoded: dict[str, Tensor]) -> None:
         missing = sorted((text for text in texts if text not in encoded), key=len)  # alike ones are padded least

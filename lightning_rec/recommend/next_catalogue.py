@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_rec.recommend.lives import PUBLISHED, publications
+from lightning_rec.recommend.lives import PUBLISHED, publications_or_errors
 from lightning_rec.recommend.types import RequestError
 
 if TYPE_CHECKING:
@@ -27,28 +27,41 @@ class NextCatalogue:
         changes: in order; those of one item add up.
         artefact: what the first catalogue was made of. An item that has again the text that it had there has again
             the vector, so that it does not matter what came in between.
+        refused: takes up the errors of changes that do not fit, by raw id; all others are made. None: the first one
+            is raised.
 
     Attributes:
         state: the present catalogue.
         texts: what is to be encoded, each once: see :meth:`~lightning_rec.recommend.artefact.Artefact.reading`.
 
     Raises:
-        RequestError: a change of an item that is not there, or a time of publication that cannot be read.
+        RequestError: a text that the towers cannot read, or a time of publication that nobody can.
     """
 
-    def __init__(self, state: CatalogueState, changes: Sequence[ItemChange], artefact: Artefact) -> None:
+    def __init__(
+        self,
+        state: CatalogueState,
+        changes: Sequence[ItemChange],
+        artefact: Artefact,
+        refused: dict[str, RequestError] | None = None,
+    ) -> None:
         self.state = state
         self._artefact = artefact
         self._alive: dict[int, bool] = {}
         self._renewed: dict[int, str] = {}  # rows of which a tower reads something else, and what
-        rewritten = any(change.fields or change.added is not None for change in changes)
+        self._births: dict[int, int | None] = {}  # None for that of the artefact
         self._values: dict[str, Any] = {}
-        if rewritten:  # a removal copies nothing
+        if any(change.rewrites for change in changes):  # a removal copies nothing
             self._values = {name: list(getattr(state, name)) for name in ("ids", "texts", "display")}
             self._values["rows"] = dict(state.rows)
             self._values["attributes"] = {name: list(column) for name, column in state.attributes.items()}
-        rows = [self._apply(change) for change in changes]
-        self._births = self._born([pair for pair in zip(rows, changes, strict=True) if pair[0]])
+        for change, published in zip(changes, self._publications(changes), strict=True):
+            try:
+                self._apply(change, published)
+            except RequestError as error:
+                if refused is None:
+                    raise
+                refused[change.item] = error
         self._encoded = {row: said for row, said in self._renewed.items() if not self._is_as_exported(row, said)}
         self.texts = list(dict.fromkeys(self._encoded.values()))
 
@@ -70,25 +83,47 @@ class NextCatalogue:
             return self._renewed[row]
         return self._reading(self.state.attributes, row, self.state.texts[row])
 
-    def _apply(self, change: ItemChange) -> int:
-        """Writes down a change; returns its row, 0 where there is nothing to write."""
+    def _publications(self, changes: Sequence[ItemChange]) -> Sequence[int | RequestError | None]:
+        """When the items of changes were published, as far as it matters; see :class:`~.lives.Lives`."""
+        if self.state.lives is None and self.state.context is None:
+            return [None] * len(changes)
+        return publications_or_errors(
+            [
+                {"item_id": change.item, PUBLISHED: change.fields.get(PUBLISHED) if change.rewrites else None}
+                for change in changes
+            ]
+        )
+
+    def _apply(self, change: ItemChange, published: int | RequestError | None) -> None:
+        """Writes down a change, or nothing of it where it does not fit."""
         row = self._get("rows").get(change.item, 0)
-        fresh = not row
-        if fresh and change.added is None:
-            if change.removed:
-                return 0
-            raise RequestError(
-                f"There is no item with the id {change.item!r}.", "unknown_item", "Add it first, or check the id."
-            )
-        if fresh:
-            row = self._append(change.item)
-        elif change.anew:
-            for column in self._values["attributes"].values():
-                column[row] = None
-        if change.fields or change.added is not None:
-            self._write(row, change, fresh)
+        if not row and (change.removed or change.added is None):
+            return  # of what the artefact lacks, and nobody has added
+        if change.rewrites:
+            row = self._write(row, change, published)
         self._alive[row] = not change.removed
-        return int(row)
+
+    def _write(self, row: int, change: ItemChange, published: int | RequestError | None) -> int:
+        attributes = self._values["attributes"]
+        known = row and not change.anew
+        fields = {name: column[row] if known else None for name, column in attributes.items()} | dict(change.fields)
+        text = self._artefact.item_text(fields)
+        reading = self._artefact.reading(fields, text)
+        renewed = not row or reading != self._reading_before(row)
+        encoded = renewed and not (row and self._is_as_exported(row, reading))
+        if encoded and self._artefact.field_reading is None:
+            self._artefact.check_text_tower()
+        if isinstance(published, RequestError):
+            raise published
+        row = row or self._append(change.item)
+        for name, value in fields.items():
+            attributes.setdefault(name, [None] * len(self._values["ids"]))[row] = value
+        if renewed:
+            self._renewed[row] = reading
+        self._values["texts"][row] = text
+        self._values["display"][row] = display_of(fields, text, change.item)
+        self._bear(row, change, published)
+        return row
 
     def _append(self, id_: str) -> int:
         row = self._values["rows"][id_] = len(self._values["ids"])
@@ -98,36 +133,15 @@ class NextCatalogue:
             column.append(None)
         return int(row)
 
-    def _write(self, row: int, change: ItemChange, fresh: bool) -> None:
-        attributes = self._values["attributes"]
-        for name, value in change.fields.items():
-            attributes.setdefault(name, [None] * len(self._values["ids"]))[row] = value
-        fields = {name: column[row] for name, column in attributes.items()}
-        text = self._artefact.item_text(fields)
-        reading = self._artefact.reading(fields, text)
-        if fresh or reading != self._reading_before(row):
-            self._renewed[row] = reading
-        self._values["texts"][row] = text
-        self._values["display"][row] = display_of(fields, text, change.item)
-
-    def _born(self, changed: Sequence[tuple[int, ItemChange]]) -> dict[int, int | None]:
-        """Row -> birth, None for that of the artefact, of what was added or says when it was published."""
-        if self.state.lives is None and self.state.context is None:
-            return {}
-        column = self._get("attributes").get(PUBLISHED)
-        exported = len(self._artefact.ids)
-        own = [change.added is not None and (row >= exported or change.anew) for row, change in changed]
-        told = [
-            {"item_id": change.item, PUBLISHED: column[row] if column and (new or PUBLISHED in change.fields) else None}
-            for (row, change), new in zip(changed, own, strict=True)
-        ]
-        births: dict[int, int | None] = {}
-        for (row, change), new, time in zip(changed, own, publications(told), strict=True):
-            if time is not None or new:
-                births[row] = change.added if time is None else time
-            elif PUBLISHED in change.fields and row < exported:
-                births[row] = None
-        return births
+    def _bear(self, row: int, change: ItemChange, published: int | None) -> None:
+        """Notes the birth of an item that was added or says when it was published."""
+        exported = row < len(self._artefact.ids)
+        if published is not None:
+            self._births[row] = published
+        elif change.added is not None and (change.anew or not exported):
+            self._births[row] = change.added
+        elif PUBLISHED in change.fields and exported:
+            self._births[row] = None
 
     def made(self, encoded: Mapping[str, Tensor]) -> CatalogueState:
         """The next catalogue.

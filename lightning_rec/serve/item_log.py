@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -26,8 +27,14 @@ class ItemLog:
     """What is noted of items in a store, as one recommender follows it.
 
     Of each item one note is kept, of all that was said of it together: what is kept grows with the items that were
-    ever changed, not with the changes. A note outlasts artefacts. It adds to what a newer artefact has of an item, and
-    an item that was removed stays so until it is added again.
+    ever changed, not with the changes. No note is ever dropped, also not of an item that was added and removed: other
+    replicas, and an artefact that has the item, have yet to hear that it is away. A store, the memory of a replica and
+    the time of a start therefore grow by a note for each item that comes and goes; the catalogue does not, since of an
+    item that is away a new process makes no row and encodes nothing. A history that holds it passes over it then.
+
+    A note outlasts artefacts. It adds to what a newer artefact has of an item, and an item that was removed stays so
+    until it is added again. A note of an item that the artefact lacks and nobody added says nothing there. The notes do
+    not tell artefacts apart: those of one store should be exports of one catalogue, as its histories are of one.
 
     A change is checked against all that others wrote before it, made ready, written to the store, and only then seen by
     readers: what is refused is not written, and what was written is on every replica, in the same order.
@@ -48,6 +55,7 @@ class ItemLog:
         self._last = 0
         self._notes: dict[str, ItemChange] = {}
         self._closed = False
+        self._first = True  # nothing was followed yet
         #: Held while the catalogue is brought to what the store has.
         self.lock = threading.RLock()
 
@@ -69,27 +77,31 @@ class ItemLog:
                 last, texts = self._store.item_changes()
                 self._notes = {}
             notes = [ItemChange.from_json(item, text) for item, text in texts.items()]
-            notes.sort(key=lambda note: note.place or (0, 0))  # new rows come in the same order everywhere
-            refused = self._apply(notes)
+            notes.sort(key=lambda note: note.place or (0, 0))  # new rows come in the order of their additions
+            self._apply(notes)
             self._notes.update((note.item, note) for note in notes)
             self._last = last
-            self._count("followed", len(notes) - refused)
             return len(notes)
 
-    def _apply(self, notes: Sequence[ItemChange]) -> int:
-        """Says how many the artefact refused: what is wrong with one keeps no other away."""
+    def _apply(self, notes: Sequence[ItemChange]) -> None:
+        """What the artefact refuses keeps nothing else away."""
         if not notes:
-            return 0
-        try:
-            self._recommender.change_items(lambda state: notes)
-        except RequestError as error:
-            if len(notes) > 1:
-                half = len(notes) // 2
-                return self._apply(notes[:half]) + self._apply(notes[half:])
-            LOG.warning("The artefact refuses a change of an item.", extra={"fields": {"code": error.code}})
-            self._count("refused", 1)
-            return 1
-        return 0
+            self._first = False
+            return
+        refused: dict[str, RequestError] = {}
+        before = self._recommender.state.rows
+        self._recommender.change_items(lambda state: notes, refused=refused)
+        self._count("followed", len(notes) - len(refused))
+        if refused:
+            codes = sorted({error.code for error in refused.values()})
+            LOG.warning(
+                "The artefact refuses changes of items.", extra={"fields": {"items": len(refused), "codes": codes}}
+            )
+            self._count("refused", len(refused))
+        if self._first:
+            kinds = Counter(_kind(note, note.item in before) for note in notes if note.item not in refused)
+            LOG.info("The store's changes of items are applied.", extra={"fields": dict(sorted(kinds.items()))})
+        self._first = False
 
     def change(self, make: Make) -> int | None:
         """Makes a change that a call asks for.
@@ -131,3 +143,10 @@ class ItemLog:
         self._last = number
         self._notes.update((note.item, note) for note in notes)
         self._count("made", len(notes))
+
+
+def _kind(note: ItemChange, there: bool) -> str:
+    """What a note does to an artefact; ``there``: whether that has the item."""
+    if note.removed or note.added is None:
+        return ("removed" if note.removed else "changed") if there else "not_in_artefact"
+    return "changed" if there else "added"

@@ -78,7 +78,8 @@ class Holder:
 
     def prepare(self, recommender: Recommender) -> Reference | None:
         """Makes what a recommender makes lazily, and measures how its top scores are spread."""
-        recommender.state.index.prepare()
+        if recommender.state.context is None:  # else another index answers, which has nothing to prepare
+            recommender.state.index.prepare()
         if self._warm_up and recommender.artefact.has_text_tower:
             recommender.artefact.encode_texts(["warm up"])
         return Reference.of(recommender)

@@ -18,7 +18,9 @@ class Settings:
             readable by its owner only. None: the environment variable ``LIGHTNING_REC_KEYS``, with the same lines
             separated by line ends or semicolons; without either everybody on this machine may do everything.
         store: where histories live, and what calls changed of items: ``sqlite:FILE``, ``redis://HOST:PORT/DB``, or
-            ``memory:`` (gone with the process).
+            ``memory:`` (gone with the process). A FILE without a folder lies in the working directory. Services of one
+            store share its users and its items: give each catalogue a store of its own. How many items of the store
+            are added to, changed in or removed from the artefact is logged at the start.
         index: ``exact``, or ``hnsw`` or ``ivfpq`` (need the extra ``index``).
         now: for a demonstration over old data, where answers hold what was alive or age and clicks add to scores: the
             moment of every request, in seconds since 1970 or as an ISO date and time. None: the time of the request.

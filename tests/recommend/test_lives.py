@@ -17,7 +17,7 @@ from lightning_rec.recommend.artefact import ITEMS, Artefact
 from lightning_rec.recommend.export import export
 from lightning_rec.recommend.fitted import open_run
 from lightning_rec.recommend.index import ExactIndex, Index
-from lightning_rec.recommend.lives import Lives, publications
+from lightning_rec.recommend.lives import Lives, publications, publications_or_errors
 from lightning_rec.recommend.lives import moment as written_moment
 from lightning_rec.recommend.recommender import Recommender
 from lightning_rec.recommend.types import Request, RequestError
@@ -174,6 +174,28 @@ def test_publications():
     fields = [{"published": ["2020-01-01 00:00:00"]}, {}, {"published": ""}, {"published": math.nan}]
     assert publications(fields) == [1_577_836_800, None, None, None]
     assert publications([{"published": 1.6e9}, {"published": "2020-01-01"}]) == [1_600_000_000, 1_577_836_800]
+
+
+def test_a_publication_reads_the_same_whatever_stands_beside_it():
+    texts = ["11/12/2019", "25/12/2019", "20191112", "1573516800", "99999999999", "1573516800000", "5", "2019-11-12"]
+    texts += ["2019-11-12T01:00+01:00", "12.11.2019", "12 Nov 2019", 1573516800.0, ["2019-11-12T00:00:00Z"], "2019-1-2"]
+    alone = [publications([{"published": text}])[0] for text in texts]
+    assert alone[:4] == [1_573_516_800, 1_577_232_000, 1_573_516_800, 1_573_516_800]
+    told = [{"published": text} for text in texts]
+    assert publications(told) == alone
+    assert publications(told[::-1]) == alone[::-1]
+    assert publications(told[:3] * 40 + told) == alone[:3] * 40 + alone
+
+
+@pytest.mark.parametrize("text", ["9999-12-31", "0001-01-01", "31.12.9999", "2019-13-45", "1e300", "soon"])
+def test_a_publication_that_cannot_be_used(text):
+    beside = [{"published": "2019-11-12"}, {"published": 1_573_516_800}]
+    with pytest.raises(RequestError, match=r"The item 'a' has a published time that cannot be used") as caught:
+        publications([*beside, {"item_id": "a", "published": text}])
+    assert caught.value.code == "bad_published"
+    found = publications_or_errors([*beside, {"item_id": "a", "published": text}, *beside])
+    assert [found[0], *found[3:]] == [1_573_516_800] * 3
+    assert isinstance(found[2], RequestError)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])

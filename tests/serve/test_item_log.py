@@ -27,7 +27,7 @@ ASKED = (
     ("GET", "/v1/items/t01"),
     ("GET", "/v1/items/t02"),
     ("POST", "/v1/recommend", {"user": "u001", "k": 200, "filter_seen": False}),
-    ("POST", "/v1/recommend", {"history": ["n1", "n2", "t03"], "k": 200}),
+    ("POST", "/v1/recommend", {"history": ["n1", "t01", "t03"], "k": 200}),
     ("POST", "/v1/recommend", {"user": "u001", "k": 200, "where": {"colour": ["red", "green"]}, "filter_seen": False}),
     ("POST", "/v1/recommend", {"k": 200}),
 )
@@ -191,19 +191,52 @@ def test_what_an_artefact_refuses_is_told_and_keeps_nothing_else_away(made, arte
     log.change(lambda state: additions(state, [{"item_id": f"n{n}", "title": "lamp"} for n in range(5)], 7))
     log.change(lambda state: removals(state, ["t01"]))
     assert store.write_item_changes({"gone": ItemChange("gone", {"title": "x"}).to_json()}, 2) == 3
-    for folder, refused in ((made, 1), (artefact_of("matrix_factorisation"), 6)):
+    encoder = artefact_of("matrix_factorisation")
+    for folder, refused, told in (
+        (made, 0, {"added": 5, "not_in_artefact": 1, "removed": 1}),
+        (encoder, 5, {"not_in_artefact": 1, "removed": 1}),
+    ):
         counted.clear()
         caplog.clear()
         recommender = Recommender.load(folder, store=store)
         follower = ItemLog(store, recommender, lambda *what: counted.append(what))
-        with caplog.at_level(logging.WARNING, "lightning_rec.serve"):
+        with caplog.at_level(logging.INFO, "lightning_rec.serve"):
             assert follower.follow() == 7
-        assert counted == [("refused", 1)] * refused + [("followed", 7 - refused)]
-        assert len([line for line in caplog.records if "refuses" in line.message]) == refused
-        assert recommender.n_items == 29 + (5 if refused == 1 else 0)
+            assert follower.follow() == 0
+        assert counted == [("followed", 7 - refused)] + [("refused", 5)] * (refused > 0)
+        warned = [record.fields for record in caplog.records if record.levelno == logging.WARNING]
+        assert warned == [{"items": 5, "codes": ["no_text_tower"]}] * (refused > 0), "one line, not one an item"
+        assert [record.fields for record in caplog.records if record.levelno == logging.INFO] == [told]
+        assert recommender.n_items == 29 + 5 - refused
         assert not follower.behind
     follower.change(lambda state: removals(state, ["t02"]))  # it goes on
     assert set(store.item_changes(3)[1]) == {"t02"}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lightning_rec.serve"):
+        log.follow()
+    assert not caplog.records, "only at the start"
+
+
+def test_what_an_artefact_cannot_read_can_be_removed_for_good(made, artefact_of):
+    store = MemoryStore()
+    log = ItemLog(store, Recommender.load(made, store=store))
+    log.change(lambda state: updates(state, [{"item_id": "t01", "title": "lamp"}]))
+    log.change(lambda state: removals(state, ["t01", "t02"]))
+    log.change(lambda state: additions(state, [{"item_id": "t02", "title": "lamp"}, {"item_id": "n"}], 7))
+    log.change(lambda state: removals(state, ["n"]))
+    folder = artefact_of("matrix_factorisation")
+    shop = Recommender.load(folder, store=store)
+    log = ItemLog(store, shop)
+    assert log.follow() == 3
+    assert not shop.state.living(["t01"])[0]
+    assert "n" not in shop.state.rows
+    log.change(lambda state: removals(state, ["t02"]))  # its addition was refused, and the artefact has it
+    for recommender in (shop, Recommender.load(folder, store=store), Recommender.load(made, store=store)):
+        ItemLog(store, recommender).follow()
+        assert recommender.state.living(["t01", "t02", "n"]) == ([], ["t01", "t02", "n"])
+    log = ItemLog(store, recommender)
+    log.change(lambda state: additions(state, [{"item_id": "n", "title": "back"}], 9))
+    assert recommender.item("n") == {"item_id": "n", "title": "back", "text": "back"}
 
 
 def test_one_note_an_item_and_no_more_reads_than_needed(made):

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,8 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from lightning_rec.recommend import Recommender
 from lightning_rec.recommend.artefact import ITEMS, Artefact
+from lightning_rec.recommend.context import ContextIndex, ScoreContext
+from lightning_rec.recommend.index import ExactIndex
 from lightning_rec.recommend.manifest import MANIFEST, file_digest
 
 
@@ -51,6 +54,20 @@ def link(tmp_path, folder):
         new.replace(path)
 
     return path, point
+
+
+def test_a_first_look_is_prepared_only_where_it_answers(serve, folder, monkeypatch):
+    """Where the moment adds to scores, another index answers."""
+    holder, prepared = serve(folder).service.holder, []
+    monkeypatch.setattr(ExactIndex, "prepare", lambda index: prepared.append(index))
+    recommender = Recommender.load(folder)
+    assert holder.prepare(recommender).shares
+    assert prepared == [recommender.state.index]
+    nothing = ScoreContext(None, None, np.full(len(recommender.state), np.inf), None)
+    recommender._state = replace(recommender.state, context=nothing)
+    assert isinstance(recommender.state.at(0).index, ContextIndex)
+    assert holder.prepare(recommender).shares
+    assert len(prepared) == 1
 
 
 def test_swaps_under_load_fail_no_call_and_mix_no_catalogues(serve, within, link, folder, other):
