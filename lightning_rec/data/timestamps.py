@@ -43,6 +43,7 @@ _DATES: dict[str, tuple[str, list[str]]] = {
         ],
     ),
 }  # fmt: skip
+_FIRST, _LAST = pd.Timestamp("1678-01-01", tz="UTC"), pd.Timestamp("2261-12-31", tz="UTC")
 _SLASHED = ["", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p"]
 
 
@@ -209,15 +210,21 @@ def _parse_dates(
 
 def _try_formats(strings: pd.Series, formats: list[str]) -> pd.Series:
     if not formats:
-        return pd.to_datetime(strings, format="ISO8601", utc=True, errors="coerce")
+        return _in_nanoseconds(pd.to_datetime(strings, format="ISO8601", utc=True, errors="coerce"))
     parsed = pd.Series(pd.NaT, index=strings.index, dtype="datetime64[ns, UTC]")
     for form in formats:
         left = parsed.isna()
         if not left.any():
             break
         found = pd.to_datetime(strings[left], format=form, utc=True, errors="coerce")
-        parsed[left] = found.astype("datetime64[ns, UTC]")
+        parsed[left] = _in_nanoseconds(found)
     return parsed
+
+
+def _in_nanoseconds(found: pd.Series) -> pd.Series:
+    """The same times; what nanoseconds in 64 bits cannot hold, before 1678 or after 2261, is none."""
+    known = (found >= _FIRST) & (found <= _LAST)
+    return found.where(known, pd.NaT).astype("datetime64[ns, UTC]")
 
 
 def _slash_formats(strings: pd.Series, notes: list[str]) -> list[str]:

@@ -100,6 +100,13 @@ def test_dates(texts: list[str], days: list[int]) -> None:
     assert parse_times(pa.chunked_array([texts])).seconds.tolist() == [day * 86_400 for day in days]
 
 
+@pytest.mark.parametrize("far", ["9999-12-31", "0001-01-01T00:00:00Z", "1600-01-01"])
+def test_a_year_that_no_log_has_is_a_bad_row(far: str) -> None:
+    times = parse_times(pa.chunked_array([["2019-11-12", far, "2019-11-13"]]))
+    assert times.bad == {1: f"{far!r} is no timestamp"}
+    assert times.seconds[[0, 2]].tolist() == [18212 * 86_400, 18213 * 86_400]
+
+
 def test_a_month_that_may_be_a_day_is_read_month_first_and_noted() -> None:
     times = parse_times(pa.chunked_array([["11/12/2019 2:14:46 PM"]]))
     assert times.seconds.tolist() == [SECOND]
