@@ -7,11 +7,15 @@ import torch
 
 from lightning_rec.cli import main
 from lightning_rec.recommend import Recommender, Request
+from lightning_rec.towers.quantisation import four_bits_on_cpu
 
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    "kind",
+    ["8bit", pytest.param("4bit", marks=pytest.mark.skipif(not four_bits_on_cpu(), reason="needs AVX-512"))],
+)
 def test_from_fit_to_answers(kind, tiny_bert, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="needs the extra quantise")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ def quantisation_options(kind: Quantisation) -> dict[str, Any]:
     On a CPU it saves memory and costs time: weights are brought to the precision of the computation in each pass.
 
     Raises:
-        RuntimeError: bitsandbytes is not installed.
+        RuntimeError: bitsandbytes is not installed, or would end the process on this processor.
     """
     if kind == "none":
         return {}
@@ -42,6 +43,11 @@ def quantisation_options(kind: Quantisation) -> dict[str, Any]:
     # it says in every layer of every pass that it rounds its inputs to float16
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     gpu = torch.cuda.is_available()
+    if kind == "4bit" and not gpu and not four_bits_on_cpu():
+        raise RuntimeError(
+            "quantisation '4bit' needs a CUDA device, or a processor with AVX-512, without which bitsandbytes ends the "
+            "process by an illegal instruction: set quantisation to 8bit or none."
+        )
     config = BitsAndBytesConfig(load_in_8bit=True)
     if kind == "4bit":
         compute = torch.float32
@@ -57,6 +63,12 @@ def quantisation_options(kind: Quantisation) -> dict[str, Any]:
         "quantization_config": config,
         "device_map": {"": int(os.environ.get("LOCAL_RANK", "0")) if gpu else "cpu"},
     }
+
+
+def four_bits_on_cpu() -> bool:
+    """Whether bitsandbytes' 4-bit kernels run on this processor: on x86 they are compiled for AVX-512 throughout."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not on_x86 or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def keep_differentiable(model: nn.Module, tuned: bool) -> None:

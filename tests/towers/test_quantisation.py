@@ -4,7 +4,9 @@ import torch
 from transformers import AutoModel
 
 from lightning_rec.towers.language import TextEncoder
-from lightning_rec.towers.quantisation import quantisation_options
+from lightning_rec.towers.quantisation import four_bits_on_cpu, quantisation_options
+
+FOUR = pytest.param("4bit", marks=pytest.mark.skipif(not four_bits_on_cpu(), reason="needs AVX-512"))
 
 
 @pytest.fixture
@@ -51,6 +53,12 @@ def test_what_the_loader_is_given(fake, tiny_bert):
 
 def test_without_a_gpu_the_processor_computes_in_float32(fake, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lightning_rec.towers.quantisation.four_bits_on_cpu", lambda: False)
+    with pytest.raises(
+        RuntimeError, match=r"needs a CUDA device, or a processor with AVX-512.*set quantisation to 8bit"
+    ):
+        quantisation_options("4bit")
+    monkeypatch.setattr("lightning_rec.towers.quantisation.four_bits_on_cpu", lambda: True)
     options = quantisation_options("4bit")
     assert options["device_map"] == {"": "cpu"}
     assert options["quantization_config"].bnb_4bit_compute_dtype == torch.float32
@@ -94,8 +102,9 @@ def installed(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "near"), [("8bit", torch.int8, 0.2), ("4bit", torch.uint8, 0.5)])
-def test_a_frozen_model_says_nearly_the_same(installed, kind, dtype, near, caplog):
+@pytest.mark.parametrize("kind", ["8bit", FOUR])
+def test_a_frozen_model_says_nearly_the_same(installed, kind, caplog):
+    dtype, near = (torch.int8, 0.2) if kind == "8bit" else (torch.uint8, 0.5)
     whole = TextEncoder().encode(TEXTS)
     encoder = TextEncoder(quantisation=kind)
     vectors = encoder.encode(TEXTS)
@@ -110,7 +119,7 @@ def test_a_frozen_model_says_nearly_the_same(installed, kind, dtype, near, caplo
     assert not caplog.records, "nothing is said a thousand times"
 
 
-@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+@pytest.mark.parametrize("kind", ["8bit", FOUR])
 def test_an_adapter_on_a_quantised_model_learns(installed, kind, tiny_bert):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["query", "value"])
@@ -134,6 +143,7 @@ def test_an_adapter_on_a_quantised_model_learns(installed, kind, tiny_bert):
     assert error() < 0.98 * before
 
 
+@pytest.mark.skipif(not four_bits_on_cpu(), reason="needs AVX-512")
 def test_layers_of_any_width_are_read_in_four_bits(installed, tiny_bert):
     vectors = TextEncoder(tiny_bert, quantisation="4bit").encode(TEXTS)  # 16 wide, no multiple of 32
     assert torch.isfinite(vectors).all()
