@@ -24,7 +24,7 @@ from lightning_rec.pretraining.output import check_adapter, quiet_transformers
 from lightning_rec.pretraining.texts import PretrainingTexts, TextBatch
 from lightning_rec.towers.frozen_layers import FrozenBottom, upper_adapter
 from lightning_rec.towers.language import BUNDLED, TextEncoder
-from lightning_rec.towers.loading import checkpoint_gradients
+from lightning_rec.towers.loading import LOADING, checkpoint_gradients
 from lightning_rec.towers.tokens import TokenTable, tokenise
 
 Task = Literal["masked", "next_token"]
@@ -135,7 +135,7 @@ class LanguageModelling(PretrainingModule):
             ValueError: ``frozen_layers`` does not fit.
         """
         loader: Any = AutoModelForMaskedLM if self.objective == "masked" else AutoModelForCausalLM
-        with quiet_transformers():
+        with LOADING, quiet_transformers():
             model, info = loader.from_pretrained(
                 self.text.folder,
                 dtype=torch.float32,

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lightning_rec.recommend.publish import new_folder
 from lightning_rec.run_files import checkpoint_config, load_checkpoint
 from lightning_rec.towers.adapters import AdapterError, merged
+from lightning_rec.towers.loading import LOADING
 from lightning_rec.towers.model_folder import SENTENCE_FILES, TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def whole_model(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # a folder that holds T5's encoder alone would be given a decoder of random weights
     halved = "t5" in config.model_type and not config.is_encoder_decoder
-    with quiet_transformers():
+    with LOADING, quiet_transformers():
         model, info = (AutoModelForTextEncoding if halved else AutoModel).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

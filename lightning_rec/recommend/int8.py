@@ -100,7 +100,10 @@ def read_int8(folder: Path) -> nn.Module:
     Nothing is unpickled, and no float copy of the linear layers is kept.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model: Any = AutoModel.from_config(config, trust_remote_code=False).float()
+    from lightning_rec.towers.loading import LOADING  # it loads peft, which most that is here does without
+
+    with LOADING:
+        model: Any = AutoModel.from_config(config, trust_remote_code=False).float()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     model.config.use_cache = False

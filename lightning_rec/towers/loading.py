@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from transformers import AutoModel, AutoModelForTextEncoding
 from transformers.utils import logging as transformers_logging
 
 from lightning_rec.towers.quantisation import Quantisation, keep_differentiable, quantisation_options
+
+#: Held while transformers builds a model: it swaps methods of its classes meanwhile, and of two threads that do so at
+#: once one may leave the other's in place for good, after which tied weights are no longer tied in this process.
+LOADING = threading.RLock()
 
 
 @torch.inference_mode(False)
@@ -30,19 +35,20 @@ def load_language_model(
     Returns:
         The model, in training mode unless it is frozen.
     """
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model = _kind(config).from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **quantisation_options(quantisation),
-        )
-    finally:
-        if progress:
-            transformers_logging.enable_progress_bar()
+    with LOADING:
+        progress = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            model = _kind(config).from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                **quantisation_options(quantisation),
+            )
+        finally:
+            if progress:
+                transformers_logging.enable_progress_bar()
     model = _read_part(model)
     model.config.use_cache = False
     if quantisation == "4bit":
@@ -56,7 +62,7 @@ def load_language_model(
 
 def count_parameters(config: Any) -> int:
     """How many parameters a language model has, told by its config: no weight is read."""
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         return sum(parameter.numel() for parameter in _read_part(_kind(config).from_config(config)).parameters())
 
 

@@ -101,6 +101,9 @@ def serve(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
     yield make
     for app in opened:
         app.service.close()
+    for thread in threading.enumerate():  # none goes on into the next test
+        if thread.name in ("warm-up", "reload", "coarse-scan"):
+            thread.join(10)
 
 
 @pytest.fixture
