@@ -13,22 +13,21 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_rec.data.batch import Batch, CatalogueView, UserBatch
+from lightning_rec.data.batch import Batch, UserBatch
 from lightning_rec.ensemble_members import (
     NOTHING,
+    AnswersTogether,
     MemberItems,
     MemberUsers,
     Normalise,
     checked_weights,
-    open_members,
-    refuse_training,
 )
 from lightning_rec.metrics import RankingMetric
 from lightning_rec.metrics.ranks import HistoryBonus, ScoreTable
 from lightning_rec.module import TwoTower
 
 
-class Ensemble(TwoTower):
+class Ensemble(AnswersTogether, TwoTower):
     """Fitted runs that rank the catalogue by the mean of their normalised scores.
 
     The runs may have different towers, widths and lengths of history, but share one catalogue and the same users. There
@@ -58,6 +57,7 @@ class Ensemble(TwoTower):
             checkpoints: [runs/a/checkpoints/last.ckpt, runs/b/checkpoints/last.ckpt]
     """
 
+    member_kind = TwoTower
     for_impressions: ClassVar[str] = "lightning_rec.ImpressionEnsemble"
 
     def __init__(
@@ -79,29 +79,6 @@ class Ensemble(TwoTower):
         self._bonus: HistoryBonus | None = None
 
     # ------------------------------------------------------------------ building
-
-    def setup(self, stage: str) -> None:
-        """Refuses to be trained.
-
-        Raises:
-            ValueError: the command is ``fit``.
-        """
-        super().setup(stage)
-        refuse_training(stage)
-
-    def build(self, view: CatalogueView) -> None:
-        """Opens the runs.
-
-        Raises:
-            FileNotFoundError: naming a checkpoint that does not exist.
-            ValueError: naming a run that does not fit the data, or cannot be opened.
-        """
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        members, self.windows = open_members(TwoTower, self.checkpoints, view, getattr(data, "hparams", {}))
-        self.members.extend(members)
-        cast(MemberItems, self.item_tower).members = cast(MemberUsers, self.user_tower).members = members
-        cast(MemberUsers, self.user_tower).windows = self.windows
-        super().build(view)
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from jsonargparse import ArgumentParser
@@ -50,18 +50,6 @@ def checked_weights(checkpoints: Sequence[str], weights: Sequence[float] | None)
             f"of them 0; it is {list(weights)}."
         )
     return [1.0] * len(checkpoints) if weights is None else list(weights)
-
-
-def refuse_training(stage: str) -> None:
-    """Looks whether a command is one for an ensemble.
-
-    Raises:
-        ValueError: the command is ``fit``.
-    """
-    if stage == "fit":
-        raise ValueError(
-            "An ensemble has nothing to train: fit its runs one by one, then use validate, test or predict with it."
-        )
 
 
 def newest(users: UserBatch, window: int | None) -> UserBatch:
@@ -121,6 +109,49 @@ class MemberUsers(UserTower):
             own = newest(users, window)
             parts.append(last_step(member.user_tower(own, part), Batch(own)).float())
         return torch.cat(parts, 1)[:, None]
+
+
+class AnswersTogether(TowerModule):
+    """What ensembles have in common: they are not trained, and open their runs when the data is there.
+
+    Attributes:
+        member_kind: what a run is.
+        checkpoints: files of ``lightning-rec fit``.
+        members: the models of the runs.
+        windows: how many events of a history each was fitted with; None: all.
+    """
+
+    member_kind: ClassVar[type[TowerModule]]
+    checkpoints: list[str]
+    members: nn.ModuleList
+    windows: list[int | None]
+
+    def setup(self, stage: str) -> None:
+        """Refuses to be trained.
+
+        Raises:
+            ValueError: the command is ``fit``.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            raise ValueError(
+                "An ensemble has nothing to train: fit its runs one by one, then use validate, test or predict with it."
+            )
+
+    def build(self, view: CatalogueView) -> None:
+        """Opens the runs.
+
+        Raises:
+            FileNotFoundError: naming a checkpoint that does not exist.
+            ValueError: naming a run that does not fit the data, or cannot be opened.
+        """
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        members, self.windows = open_members(self.member_kind, self.checkpoints, view, getattr(data, "hparams", {}))
+        self.members.extend(members)
+        users = cast(MemberUsers, self.user_tower)
+        cast(MemberItems, self.item_tower).members = users.members = members
+        users.windows = self.windows
+        super().build(view)
 
 
 def open_members(

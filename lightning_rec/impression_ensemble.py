@@ -9,22 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_rec.data.batch import Batch, CatalogueView
+from lightning_rec.data.batch import Batch
 from lightning_rec.ensemble_members import (
     NOTHING,
+    AnswersTogether,
     MemberItems,
     MemberUsers,
     Normalise,
     checked_weights,
     newest,
-    open_members,
-    refuse_training,
 )
 from lightning_rec.impression import ImpressionTwoTower
 from lightning_rec.metrics import ImpressionMetric
 
 
-class ImpressionEnsemble(ImpressionTwoTower):
+class ImpressionEnsemble(AnswersTogether, ImpressionTwoTower):
     """Fitted runs that rank the candidates of an impression by the mean of their normalised scores.
 
     The runs may have different towers, candidate-aware ones among them, biases, objectives and lengths of history, but
@@ -57,6 +56,7 @@ class ImpressionEnsemble(ImpressionTwoTower):
             checkpoints: [runs/a/checkpoints/last.ckpt, runs/b/checkpoints/last.ckpt]
     """
 
+    member_kind = ImpressionTwoTower
     for_interactions: ClassVar[str] = "lightning_rec.Ensemble"
 
     def __init__(
@@ -75,28 +75,6 @@ class ImpressionEnsemble(ImpressionTwoTower):
         self._probabilities: Tensor | None = None
 
     # ------------------------------------------------------------------ building
-
-    def setup(self, stage: str) -> None:
-        """Refuses to be trained.
-
-        Raises:
-            ValueError: the command is ``fit``.
-        """
-        super().setup(stage)
-        refuse_training(stage)
-
-    def build(self, view: CatalogueView) -> None:
-        """Opens the runs.
-
-        Raises:
-            FileNotFoundError: naming a checkpoint that does not exist.
-            ValueError: naming a run that does not fit the data, or cannot be opened.
-        """
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        members, self.windows = open_members(ImpressionTwoTower, self.checkpoints, view, getattr(data, "hparams", {}))
-        self.members.extend(members)
-        cast(MemberItems, self.item_tower).members = cast(MemberUsers, self.user_tower).members = members
-        super().build(view)
 
     def _prepare(self) -> None:
         super()._prepare()
